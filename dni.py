@@ -1,0 +1,170 @@
+"""Decoupled neural interfaces (DNI) that predict the gradient a recurrent state would receive from the future.
+
+Papers
+    DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", arXiv 1608.05343
+    Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling",
+                 section 2.1 (Eq. 1) and section 2.2
+
+Text is read in chunks of T steps. Truncated backpropagation cuts the graph at every border between two chunks, so the
+state s that crosses it never hears what it did to the future. A DNI g looks at s and says what it would have heard.
+
+Glossary
+    name       symbol        shape               meaning
+    state      s_k           [(B, H_l)] a layer  the recurrent states c at border k, on entering chunk k
+    neurons    N             -                   scalars in s_k: B * sum over layers of H_l
+    target     delta_k       as s_k              d(future loss)/ds_k, of which chunk k gives the first T steps
+    synthetic  delta^_k      as s_k              g(s_k, h_g; phi), the prediction of delta_k
+    memory     h_g           (N, 50)             g's own recurrent state: one row for each neuron of each stream
+    scale      alpha         -                   trust in the prediction when it is injected
+
+Units: the gradient of ONE STREAM'S SUMMED LOSS in nats, not of the mean over T B tokens that the model minimises.
+Means make targets of order 1e-6, where Adam's epsilon drowns the learning of g. `inject` divides by T B.
+
+Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
+
+Run `python dni.py` to see g learn a gradient it can know and fail at one it cannot.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qrnn import QRNNLayer
+
+
+class NeuronDNI(nn.Module):
+    """The neuron-wise interface: one small network g shared by all neurons, scalar in, scalar out (section 2.2).
+
+        s --- MLP 1 -> 50 --- QRNN of 50 over the borders, memory h_g --- MLP 50 -> 1 --- synthetic gradient
+
+    The neurons of all layers and streams are g's BATCH; its time is the count of borders. So each neuron has its own
+    memory, and the number of parameters knows nothing of how many neurons there are.
+    (Departure: the authors' code runs g's recurrence ACROSS the neurons, as one sequence of N; README, deviation 1.)
+
+    hidden_size: 50. window, zoneout: of g's QRNN layer. noise: g sees s * (1 + noise * N(0, 1)) while in training mode.
+    last_layer: bound b of the last layer's U(-b, b); 0 makes the first synthetic gradients exactly zero (DNI, section 4).
+    """
+
+    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0):
+        super().__init__()
+        self.noise = noise
+        self.encode = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
+        self.rnn = QRNNLayer(hidden_size, hidden_size, window, zoneout=zoneout)
+        self.decode = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
+        start_last_layer(self.decode[-1], last_layer)
+
+    def forward(self, state, memory=None):
+        """state: list of (B, H_l) tensors, one a layer; memory: what the previous border returned, or None.
+
+        Returns the synthetic gradients, a list of the same shapes, and the memory after this border.
+        """
+        s = torch.cat([c.flatten() for c in state])[:, None]                                       # (N, 1)
+        if self.noise and self.training:
+            s = s * (1 + self.noise * torch.randn_like(s))
+        x = self.encode(s).to(s.dtype)[None]                                                       # (1, N, 50)
+        h, memory = self.rnn(x, memory)                                                            # one step a border
+        d = self.decode(h[0]).to(s.dtype).flatten()                                                # (N,)
+        return [d_l.view_as(c) for d_l, c in zip(d.split([c.numel() for c in state]), state)], memory
+
+
+class LayerDNI(nn.Module):
+    """The layer-wise interface of DNI, section 2.2, as the control: from the whole state of a layer to its whole gradient.
+
+    One MLP H_l -> 50 -> 50 -> H_l a layer; streams are the batch; no memory. sizes: H_l of each layer.
+    Knows which neuron is which, and pays for it in parameters: about 100 H_l a layer.
+    """
+
+    def __init__(self, sizes, hidden_size=50, noise=0.0, last_layer=0.0):
+        super().__init__()
+        self.noise = noise
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(h, hidden_size), nn.ReLU(),
+                                                nn.Linear(hidden_size, hidden_size), nn.ReLU(),
+                                                nn.Linear(hidden_size, h)) for h in sizes)
+        for mlp in self.mlps:
+            start_last_layer(mlp[-1], last_layer)
+
+    def forward(self, state, memory=None):
+        """As NeuronDNI.forward; the memory stays None."""
+        if self.noise and self.training:
+            state = [c * (1 + self.noise * torch.randn_like(c)) for c in state]
+        return [mlp(c).to(c.dtype) for mlp, c in zip(self.mlps, state, strict=True)], None
+
+
+def start_last_layer(linear, bound):
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.uniform_(linear.bias, -bound, bound)
+
+
+# ------------------------------------------------------------------------------------- the two halves of a DNI's step
+
+def inject(loss, state, synthetic, scale):
+    """Backpropagate from the chunk's loss AND from the state it leaves behind (Eq. 1):
+
+        dL/dtheta  =  dL_k/dtheta + (ds_{k+1}/dtheta)^T  scale * delta^_{k+1}
+
+    loss: a scalar; state: s_{k+1}, a list of tensors still attached to their graph; synthetic: delta^_{k+1}, the same
+    shapes; scale: alpha / (T B) for a loss that is a mean over T B tokens. Gradients are added to .grad as by
+    loss.backward(). The state s_k that entered the chunk, if it requires grad, receives
+
+        dL_k/ds_k + (ds_{k+1}/ds_k)^T  scale * delta^_{k+1}
+
+    which, times T B, is the BOOTSTRAPPED TARGET delta_k: T true steps, then g's own word for the rest (section 2.1).
+    """
+    torch.autograd.backward([loss, *state], [None, *(scale * d.detach() for d in synthetic)])
+
+
+def regress(optimizer, predicted, target):
+    """One step of phi towards the targets: the mean of (delta^ - delta)^2 over all neurons, in one update (section 2.2).
+
+    optimizer: of g's parameters; predicted: delta^_k with its graph; target: delta_k, no gradient flows into it.
+    Returns the mean squared error before the step, a tensor.
+    """
+    error = F.mse_loss(joined(predicted), joined(target).detach())
+    optimizer.zero_grad(set_to_none=True)
+    error.backward()
+    optimizer.step()
+    return error.detach()
+
+
+def joined(tensors):
+    return torch.cat([t.flatten() for t in tensors])                                               # (N,)
+
+
+class Agreement:
+    """Does g learn? Two running measures of predictions p against targets t, over all neurons and borders seen.
+
+        cosine = sum p t / sqrt(sum p^2 sum t^2)        direction alone: 1 parallel, 0 unrelated
+        R^2    = 1 - sum (p - t)^2 / sum t^2            1 perfect; 0 no better than predicting zero; below 0, worse
+    """
+
+    def __init__(self):
+        self.sums = 0.0
+
+    def update(self, predicted, target):
+        p, t = joined(predicted).detach().float(), joined(target).detach().float()
+        self.sums = self.sums + torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])             # stays on the device
+
+    def result(self):
+        """(cosine, R^2) as floats; nan where nothing, or nothing but zeros, was seen."""
+        if isinstance(self.sums, float):
+            return float("nan"), float("nan")
+        pt, pp, tt, error = self.sums.double().cpu().unbind()
+        return (pt / (pp * tt).sqrt()).item(), (1 - error / tt).item()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name, gradient in (("a function of the neuron's value, sin(3 s)", lambda s: torch.sin(3 * s)),
+                           ("a coin toss for each neuron", lambda s: torch.randn_like(s).sign())):
+        g = NeuronDNI()
+        optimizer, memory = torch.optim.Adam(g.parameters(), 3e-3), None
+        print(f"the future gradient is {name}")
+        for border in range(1, 401):
+            state = [torch.rand(8, 16) * 2 - 1, torch.rand(8, 32) * 2 - 1]
+            target, agreement = [gradient(s) for s in state], Agreement()
+            predicted, memory = g(state, memory)
+            memory = tuple(m.detach() for m in memory)
+            agreement.update(predicted, target)
+            regress(optimizer, predicted, target)
+            if border in (1, 25, 100, 400):
+                print("  border {:3d}   cosine {:+.3f}   R^2 {:+.3f}".format(border, *agreement.result()))

@@ -1,0 +1,115 @@
+"""SGDR: a learning rate that falls along a cosine and restarts warm, in runs of doubling length.
+
+Papers
+    SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983, Eq. 5
+    Alternating  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling", section 2.1
+
+Glossary
+    name       symbol       unit       meaning
+    run        i            -          the run one is in: 0 before the first restart, then 1, 2, ...
+    elapsed    E_cur        epochs     since the last restart
+    length     E_i          epochs     of run i: mult^i * base, or the distance between two given restarts
+    base       E_base       epochs     length of run 0
+    eta_min    eta_min^i    -          learning rate at the end of run i
+    eta_max    eta_max^i    -          learning rate at its beginning
+
+    eta = eta_min^i + 1/2 (eta_max^i - eta_min^i) (1 + cos(pi E_cur / E_i))
+
+Not here: momentum schedules, warm-up, averaging of the weights at the end of a run.
+
+Run `python sgdr.py` to see the schedule of the paper.
+"""
+
+import math
+from typing import NamedTuple
+
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Run(NamedTuple):
+    run: int         # i
+    elapsed: float   # E_cur, epochs
+    length: float    # E_i, epochs
+
+
+def run_at(epoch, base=1, mult=2, restarts=()):
+    """Which run does this moment lie in, for how long has the run lasted, and how long is it: Run(i, E_cur, E_i).
+
+    epoch: epochs since the beginning of training, >= 0, fractional or whole.
+    base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
+    restarts: epochs at which to restart instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors' code's;
+        after the last of them come runs as long as the last.
+    Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
+    """
+    if epoch < 0 or base <= 0 or mult < 1:
+        raise ValueError(f"epoch >= 0, base > 0 and mult >= 1 are needed, got {epoch}, {base}, {mult}")
+    borders = [0, *restarts]
+    if any(later <= earlier for earlier, later in zip(borders, borders[1:])):
+        raise ValueError(f"restarts must rise from above 0, got {tuple(restarts)}")
+    lengths = [later - earlier for earlier, later in zip(borders, borders[1:])] or [base]
+    i, start = 0, 0
+    while epoch >= start + lengths[min(i, len(lengths) - 1)]:
+        start += lengths[min(i, len(lengths) - 1)]
+        i += 1
+        if not restarts:
+            lengths.append(lengths[-1] * mult)
+    return Run(i, epoch - start, lengths[min(i, len(lengths) - 1)])
+
+
+class SGDR(LRScheduler):
+    """The schedule above as a PyTorch scheduler.
+
+    eta_min: a number, or a sequence with one a run (the last serves all later runs).
+    eta_max: likewise; None takes each parameter group's own learning rate.
+    base, mult, restarts: as in `run_at`.
+    fractional: False uses the whole epochs in E_cur, so that the rate moves only between epochs (the authors' code).
+
+    step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each batch. With
+    one rate for all runs the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit.
+    `scheduler.run` is the Run of the last step: the alternation of real and synthetic gradients reads run.run.
+    """
+
+    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), fractional=True, last_epoch=-1):
+        self.base, self.mult, self.restarts, self.fractional = base, mult, list(restarts), fractional
+        self.eta_min, self.eta_max = eta_min, eta_max
+        self.run = run_at(0, base, mult, restarts)
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self):
+        i, elapsed, length = self.run
+        rates = []
+        for group_rate in self.base_lrs:
+            low, high = per_run(self.eta_min, i), group_rate if self.eta_max is None else per_run(self.eta_max, i)
+            # eta = eta_min^i + (eta_max^i - eta_min^i) (1 + cos(pi E_cur / E_i)) / 2
+            rates.append(low + (high - low) * (1 + math.cos(math.pi * elapsed / length)) / 2)
+        return rates
+
+    def step(self, epoch=None):
+        """Set the learning rates for `epoch` (fractional or whole, >= 0), or for one epoch after the last step."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        moment = self.last_epoch if self.fractional else math.floor(self.last_epoch)
+        self.run = run_at(moment, self.base, self.mult, self.restarts)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self):
+        """Everything but the optimizer, in plain numbers and lists, so that torch.load(weights_only=True) reads it."""
+        return {**super().state_dict(), "run": list(self.run)}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({**state_dict, "run": Run(*state_dict["run"])})
+
+
+def per_run(bound, i):
+    """The bound of run i, from one number for all runs or a sequence whose last serves the later runs."""
+    return bound if isinstance(bound, (int, float)) else bound[min(i, len(bound) - 1)]
+
+
+if __name__ == "__main__":
+    print("E_base = 5, eta from 1e-3 to 0; one line an epoch")
+    for epoch in range(36):
+        i, elapsed, length = run_at(epoch, base=5)
+        eta = 1e-3 * (1 + math.cos(math.pi * elapsed / length)) / 2
+        gradient = "synthetic" if i % 2 else "real"
+        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  {'#' * round(eta * 5e4)}")

@@ -1,0 +1,578 @@
+"""Train the QRNN language model with real gradients, synthetic ones, or both in turn.
+
+Paper
+    Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling". A source in the settings
+    below is a section of that paper, or AWD (arXiv 1708.02182), QRNN (1611.01576), DNI (1608.05343), SGDR (1608.03983),
+    or "authors' code" where the code published with the paper differs from its text.
+
+The four modes decide two things only, and both in `gradient_source` and `learning_rate` below:
+
+    mode           what crosses the border between two chunks            learning rate
+    bptt           nothing: truncated backpropagation through time       constant
+    dni            synthetic gradients, after a warm-up                  constant
+    restart        nothing, or synthetic with --gradient synthetic       SGDR
+    alternating    nothing in even runs, synthetic in odd ones           SGDR, the switch falls on a restart
+
+Glossary
+    name       symbol     shape          meaning
+    chunk      -          (T, B) twice   inputs and targets, T steps of B streams
+    state      s_k        a pair a layer the QRNN's state on entering chunk k; its c's are leaves that require grad
+    memory     h_g        (N, 50)        the DNI's own state
+    predicted  delta^_k   as s_k         what g says the gradient of s_k will be
+    target     delta_k    as s_k         what it turned out to be, bootstrapped
+    run        i          -              between two restarts
+
+Not here: several machines, mixed-precision loss scaling, fine-tuning after training, dynamic evaluation.
+
+Run `python train.py` with no argument for the small alternating run on the corpus built into Python.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import CorpusError, load_corpus, streams, unigram_perplexity
+from dni import Agreement, LayerDNI, NeuronDNI, inject, regress
+from qrnn import LanguageModel
+from sgdr import SGDR, run_at
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def setting(default, text, choices=None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every setting, with its unit and source; the defaults are the preset `small`, sized for two CPU cores."""
+    mode: str = setting("alternating", "which gradients, which learning rate", ("bptt", "dni", "restart", "alternating"))
+    data: str = setting("pydoc", "corpus: pydoc, ptb, wt2, recall, or a folder with train.txt, valid.txt, test.txt")
+    gradient: str = setting("real", "gradients across borders in mode restart (paper, Table 2)", ("real", "synthetic"))
+    dni: str = setting("neuron", "interface: neuron-wise (2.2), or layer-wise (DNI) as a control", ("neuron", "layer"))
+    epochs: int = setting(15, "passes over the training text; the paper: 320")
+    seed: int = setting(42, "of all random numbers (authors' code)")
+    # model
+    embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)")
+    hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)")
+    num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)")
+    dropout_output: float = setting(0.3, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.1)")
+    dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.1)")
+    dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.1)")
+    dropout_embedding: float = setting(0.0, "of whole words from the embedding; the paper: 0.1 (AWD 4.3)")
+    dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)")
+    zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)")
+    activation: float = setting(2.0, "weight of activation regularisation, alpha in AWD 4.3")
+    temporal: float = setting(1.0, "weight of temporal activation regularisation, beta in AWD 4.3")
+    # optimisation
+    lr: float = setting(3e-3, "Adam's learning rate; with restarts, the one each run begins with; the paper: 1e-3 (3)")
+    l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD 4.1)")
+    clip: float = setting(0.25, "largest norm of the model's gradient; the paper: 0.2 on PTB, 0.25 on WT2")
+    batch_size: int = setting(20, "B, parallel streams of training text (3)")
+    bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)")
+    jitter: bool = setting(False, "draw T from N(bptt, 5), with probability 0.05 N(bptt/2, 5), and scale the rate by T/bptt "
+                                  "(AWD 4.1, authors' code); on in preset paper")
+    # restarts
+    e_base: float = setting(1.0, "E_base, epochs of run 0; run i lasts 2^i times as long (2.1); the paper: 5")
+    restarts: tuple[float, ...] = setting((), "restart at these epochs instead; authors' code: 5 10 20 40 80 160 320")
+    eta_min: tuple[float, ...] = setting((0.0,), "learning rate at the end of a run, one for all runs or one a run (2.1)")
+    eta_max: tuple[float, ...] = setting((), "learning rate at its beginning, likewise; none: lr (2.1)")
+    sgdr_step: str = setting("batch", "E_cur moves with each batch, or each epoch (authors' code)", ("batch", "epoch"))
+    reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
+    # the interface
+    dni_alpha: float = setting(0.1, "alpha, factor on injected gradients; authors' code: 0.1, the paper's text: 1")
+    dni_hidden: int = setting(50, "neurons of g (2.2)")
+    dni_lr: float = setting(1e-3, "Adam's learning rate for g")
+    dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6")
+    dni_window: int = setting(1, "window of g's QRNN layer; authors' code: 2")
+    dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer; authors' code: 0.1")
+    dni_noise: float = setting(0.0, "standard deviation of multiplicative noise on g's input; authors' code: 0.5")
+    dni_last_layer: float = setting(0.0, "g's last layer starts in U(-b, b), 0 after DNI; authors' code: 0.1")
+    dni_warmup: float = setting(1.0, "epochs in which g learns before it is used, in modes dni and restart (authors' code)")
+    # evaluation and limits
+    valid_batch_size: int = setting(10, "streams of validation text (authors' code); the test text is one stream")
+    max_steps: int = setting(0, "stop after so many training steps, 0: never; to try a configuration out")
+    recall_delay: int = setting(80, "fillers between symbol and answer in the corpus recall; above bptt to cross a border")
+    recall_symbols: int = setting(4, "symbols of the corpus recall")
+    # machine; these may change when a run is resumed, and so may epochs and max_steps
+    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    precision: str = setting("auto", "of matrix products; auto: bf16 where the processor multiplies it natively. State, "
+                                     "gates, loss and optimiser are float32 always", ("auto", "fp32", "bf16"))
+    data_dir: str = setting("", "folder of the PTB and WT2 files; default $QRNN_DATA, else corpora/, where they are downloaded")
+
+
+SMALL = Settings()
+PAPER = dataclasses.replace(
+    SMALL, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4, dropout_output=0.4, dropout_hidden=0.3,
+    dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, clip=0.2, bptt=200, jitter=True, e_base=5.0,
+    recall_delay=250)
+PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
+MAY_CHANGE = {"epochs", "max_steps", "device", "precision", "data_dir"}
+
+
+class UserError(Exception):
+    """Something only the user can put right; ends the program with its one line and status 2."""
+
+
+class NotFinite(Exception):
+    """The loss or its gradient is not a number any more."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists what there is)")
+
+
+def parse(argv):
+    """Command line -> (settings, output folder or None, whether to resume from it)."""
+    parser = Parser(prog="train.py", description="Train a QRNN language model with real, synthetic or alternating gradients.",
+                    formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", choices=("small", "paper"), default="small",
+                        help="small: two CPU cores; paper: the paper's size and settings for the corpus")
+    parser.add_argument("--out", metavar="FOLDER", help="where log.csv and the checkpoints go; default runs/DATA-MODE")
+    parser.add_argument("--resume", metavar="FOLDER",
+                        help=f"go on with the run in FOLDER, with its settings; may be changed: {', '.join(sorted(MAY_CHANGE))}")
+    kinds = {"int": int, "float": float, "str": str, "tuple[float, ...]": float}
+    for f in dataclasses.fields(Settings):
+        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        options = dict(dest=f.name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(f.default, tuple):
+            options.update(type=float, nargs="*", metavar="X")
+        else:
+            options.update(type=kinds[kind], choices=f.metadata["choices"])
+            if not f.metadata["choices"]:
+                options["metavar"] = {"int": "N", "float": "X", "str": "NAME"}[kind]
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    given = vars(parser.parse_args(argv))
+    preset, out, resume = given.pop("preset"), given.pop("out"), given.pop("resume")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if resume:
+        if out or "--preset" in argv:
+            raise UserError("--resume goes on in its own folder with its own settings: leave --out and --preset away")
+        before = read_checkpoint(Path(resume) / "last.pt")["settings"]
+        changed = [f"--{name.replace('_', '-')} (was {before[name]}, now {value})" for name, value in given.items()
+                   if name not in MAY_CHANGE and before.get(name) != value]
+        if changed:
+            raise UserError(f"{resume} holds a run with other settings: {', '.join(changed)}; start a new run instead")
+        settings = Settings(**{**before, **given})
+    else:
+        base = SMALL if preset == "small" else PAPER_WT2 if given.get("data") == "wt2" else PAPER
+        settings = dataclasses.replace(base, **given)
+    check(settings)
+    return settings, Path(resume or out) if resume or out else None, bool(resume)
+
+
+def check(s):
+    """Raise UserError for a setting that cannot be."""
+    def need(holds, name, what):
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} must be {what}, got {getattr(s, name)}")
+    for name in ("epochs", "embedding_size", "hidden_size", "num_layers", "batch_size", "bptt", "valid_batch_size",
+                 "dni_hidden", "dni_window", "recall_delay", "recall_symbols"):
+        need(getattr(s, name) >= 1, name, "at least 1")
+    for name in ("dropout_output", "dropout_hidden", "dropout_input", "dropout_embedding", "dropout_weight", "zoneout",
+                 "dni_zoneout"):
+        need(0 <= getattr(s, name) < 1, name, "in [0, 1)")
+    for name in ("lr", "clip", "e_base", "dni_lr"):
+        need(0 < getattr(s, name) < math.inf or (name == "clip" and getattr(s, name) == math.inf), name, "above 0")
+    for name in ("activation", "temporal", "l2", "dni_alpha", "dni_l2", "dni_noise", "dni_last_layer", "dni_warmup"):
+        need(0 <= getattr(s, name) < math.inf, name, "0 or more")
+    need(s.max_steps >= 0, "max_steps", "0 or more")
+    need(0 <= s.seed < 2 ** 63, "seed", "a whole number from 0 to 2^63 - 1")
+    for name in ("eta_min", "eta_max"):
+        need(all(0 <= x < math.inf for x in getattr(s, name)), name, "0 or more")
+    need(s.eta_min, "eta_min", "at least one number")
+    need(all(b > a for a, b in zip((0, *s.restarts), s.restarts)), "restarts", "rising epochs above 0")
+
+
+# ------------------------------------------------------------------------------------------- what the mode decides
+
+SGDR_MODES = ("restart", "alternating")
+
+
+def uses_synthetic(settings):
+    """Whether this configuration needs an interface at all."""
+    return settings.mode in ("dni", "alternating") or (settings.mode == "restart" and settings.gradient == "synthetic")
+
+
+def gradient_source(settings, run, epoch):
+    """'real' or 'synthetic': which gradient crosses the borders in run `run`, `epoch` epochs into training.
+
+    In real runs of a configuration with an interface, g goes on learning, from the T true steps alone.
+    """
+    if settings.mode == "alternating":
+        return "synthetic" if run % 2 else "real"                                                  # 2.1: real first
+    return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
+
+
+def learning_rate(settings, optimizer):
+    """The SGDR schedule of the modes with restarts, None for those with a constant rate."""
+    if settings.mode not in SGDR_MODES:
+        return None
+    return SGDR(optimizer, settings.e_base, 2, settings.eta_min, settings.eta_max or None, settings.restarts,
+                fractional=settings.sgdr_step == "batch")
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+class Interface(NamedTuple):
+    g: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    agreement: Agreement
+
+
+def border(state):
+    """Of a model state [(c, x_prev)], the part an interface looks at: [c], one (B, H_l) a layer."""
+    return [c for c, _ in state]
+
+
+def cut(state):
+    """The state as the next chunk gets it: same values, no history; the c's are leaves that collect a gradient."""
+    return [(c.detach().requires_grad_(), x_prev.detach()) for c, x_prev in state]
+
+
+def train_step(model, optimizer, interface, inputs, targets, state, memory, synthetic, settings, product=torch.float32):
+    """Learn from one chunk (2.1 and 2.2). Returns (nll, state, memory): the chunk's loss and what the next one gets.
+
+    inputs, targets: (T, B). state: s_k from `cut`, or None at the beginning of a text. memory: h_g or None.
+    interface: None where no g is to be trained. synthetic: whether g's gradient crosses the border ahead.
+    product: the type of matrix products. Raises NotFinite before the weights are touched.
+    """
+    T_B, predicted, mixed = inputs.numel(), None, torch.autocast(inputs.device.type, product, product != torch.float32)
+
+    # 1. forward:  L_k, s_{k+1} = model(chunk_k, s_k)
+    with mixed:
+        nll, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
+
+    # 2. synthesise:  delta^_{k+1} = g(s_{k+1}, h_g; phi), without a graph. h_g has to see s_k first; that forward,
+    #    which has a graph, is the prediction delta^_k that step 4 corrects.
+    with mixed:
+        if interface and state:
+            predicted, memory = interface.g(border(state), memory)
+            memory = tuple(m.detach() for m in memory) if memory else None
+        if synthetic:
+            with torch.no_grad():
+                future, _ = interface.g(border(new_state), memory)                                 # delta^_{k+1}
+
+    # 3. backward:  dL/dtheta = dL_k/dtheta + (ds_{k+1}/dtheta)^T alpha delta^_{k+1}  (Eq. 1), and the target, as .grad
+    optimizer.zero_grad(set_to_none=True)
+    if synthetic:
+        inject(nll + penalty, border(new_state), future, settings.dni_alpha / T_B)
+    else:
+        (nll + penalty).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    if not torch.isfinite(nll + norm):
+        raise NotFinite(f"loss {nll.item()}, gradient norm {norm.item()}")
+
+    # 4. regress:  phi <- phi - Adam(d/dphi mean (delta^_k - delta_k)^2),  delta_k = T B ds_k
+    if predicted:
+        target = [T_B * c.grad for c in border(state)]
+        interface.agreement.update(predicted, target)
+        regress(interface.optimizer, predicted, target)
+
+    # 5. step
+    optimizer.step()
+    return nll.detach(), cut(new_state), memory
+
+
+def chunk_borders(length, settings):
+    """Yield (start, stop) of the chunks of a text of `length` steps; the last one is what is left."""
+    start = 0
+    while start < length:
+        steps = settings.bptt
+        if settings.jitter:                                                                        # authors' code
+            mean = steps if torch.rand(()) < 0.95 else steps / 2
+            steps = max(5, int(mean + 5 * torch.randn(())))
+        stop = min(start + steps, length)
+        yield start, stop
+        start = stop
+
+
+@torch.no_grad()
+def evaluate(model, tokens, batch_size, product=torch.float32, bptt=200):
+    """Mean nll in nats over the predictions of a whole text, the state carried through, dropout off.
+
+    (Departure: the authors' code divides by the number of tokens, one more than there are predictions.)
+    """
+    was_training, total, state = model.training, 0.0, None
+    model.eval()
+    inputs, targets = streams(tokens, batch_size)
+    for start in range(0, len(inputs), bptt):
+        chunk = slice(start, start + bptt)
+        with torch.autocast(tokens.device.type, product, product != torch.float32):
+            nll, _, state = model.loss(inputs[chunk], targets[chunk], state)
+        total = total + nll.double() * inputs[chunk].numel() if nll.device.type != "mps" else total + nll * inputs[chunk].numel()
+    model.train(was_training)
+    return float(total) / inputs.numel()
+
+
+@torch.no_grad()
+def sample(model, vocabulary, sentences=3, longest=30, end="<eos>"):
+    """A few sentences drawn word by word from the model's own predictions, each a string."""
+    model.eval()
+    device = next(model.parameters()).device
+    token = torch.tensor([[vocabulary.index(end) if end in vocabulary else 0]], device=device)
+    state, texts = None, []
+    for _ in range(sentences):
+        words = []
+        while len(words) < longest:
+            logits, state = model(token, state)
+            token = torch.distributions.Categorical(logits=logits[-1]).sample()[None]
+            word = vocabulary[token.item()]
+            if word == end:
+                break
+            words.append(word)
+        texts.append(" ".join(words))
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+def pick_device(name):
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if not there[name]:
+        raise UserError(f"--device {name}: PyTorch sees no such device here; there is {', '.join(d for d in there if there[d])}")
+    return name
+
+
+def pick_product(name, device):
+    """The type of matrix products: bf16 where asked for, or where auto finds that the processor multiplies it natively."""
+    native = False
+    if device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    elif device == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()                                      # older torch: unknown
+        native = any(able.get(feature) for feature in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def save(content, path):
+    """Write beside, then rename: what was there before stays whole until the new file is."""
+    torch.save(content, path.with_name(path.name + ".partial"))
+    os.replace(path.with_name(path.name + ".partial"), path)
+
+
+def read_checkpoint(path, device="cpu"):
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: nothing to resume") from None
+    except Exception as error:                                             # torch.load raises half a dozen kinds
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+
+
+def restore(parts, checkpoint, path):
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is a checkpoint of another model or corpus: {reason[:160]}") from None
+
+
+def random_state(device):
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})}
+
+
+def set_random_state(states, device):
+    torch.set_rng_state(states["cpu"].cpu())
+    if device == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+def output_folder(out, settings):
+    """The folder given, if no run is in it; otherwise runs/DATA-MODE, numbered where that is taken."""
+    if out is None:
+        kind = settings.mode + ("-synthetic" if settings.mode == "restart" and settings.gradient == "synthetic" else "")
+        name, n = f"{Path(settings.data).resolve().name}-{kind}", 1
+        out = Path("runs") / name
+        while out.exists():
+            n += 1
+            out = Path("runs") / f"{name}-{n}"
+    elif (out / "log.csv").exists() or (out / "last.pt").exists():
+        raise UserError(f"{out} already holds a run: go on with --resume {out}, or name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+COLUMNS = ("epoch", "run", "gradient", "learning_rate", "train_perplexity", "valid_perplexity", "dni_cosine", "dni_r2", "seconds")
+
+
+def write_log(rows, path):
+    with open(path.with_name(path.name + ".partial"), "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    os.replace(path.with_name(path.name + ".partial"), path)
+
+
+# --------------------------------------------------------------------------------------------------------- the training
+
+def perplexity(nll):
+    return math.exp(min(nll, 700.0))
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+def main(argv):
+    settings, out, resume = parse(argv)
+    device = pick_device(settings.device)
+    product = pick_product(settings.precision, device)
+    corpus = load_corpus(settings.data, settings.data_dir or None, delay=settings.recall_delay, symbols=settings.recall_symbols)
+    train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
+    inputs, targets = streams(train_tokens, settings.batch_size)                                   # (L, B)
+    streams(valid_tokens, settings.valid_batch_size), streams(test_tokens, 1)                      # long enough?
+    if len(inputs) < settings.bptt:
+        raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {settings.batch_size} streams give {len(inputs)} steps "
+                        f"each, less than one chunk of {settings.bptt}; lower --batch-size or --bptt")
+
+    torch.manual_seed(settings.seed)
+    s = settings
+    model = LanguageModel(len(corpus.vocabulary), s.embedding_size, s.hidden_size, s.num_layers,
+                          dropout_embedding=s.dropout_embedding, dropout_input=s.dropout_input,
+                          dropout_hidden=s.dropout_hidden, dropout_output=s.dropout_output,
+                          dropout_weight=s.dropout_weight, zoneout=s.zoneout).to(device)
+    fused = {"fused": True} if device in ("cpu", "cuda") else {}
+    optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.l2, **fused)
+    schedule = learning_rate(s, optimizer)
+    parts, interface = {"model": model, "optimizer": optimizer}, None
+    if uses_synthetic(s):
+        random_before = random_state(device)                            # so that every mode begins with the same weights
+        if s.dni == "neuron":                                           # and draws the same dropout masks
+            g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer).to(device)
+        else:
+            g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], s.dni_hidden, s.dni_noise, s.dni_last_layer).to(device)
+        set_random_state(random_before, device)
+        interface = Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused), Agreement())
+        parts.update(dni=g, dni_optimizer=interface.optimizer)
+
+    first_epoch, best, rows, seconds_before = 0, math.inf, [], 0.0
+    if resume:
+        checkpoint = read_checkpoint(out / "last.pt", device)
+        restore(parts, checkpoint, out / "last.pt")
+        set_random_state(checkpoint["random"], device)
+        first_epoch, best, rows = checkpoint["epoch"], checkpoint["best"], checkpoint["rows"]
+        seconds_before = rows[-1][-1]
+        if first_epoch >= s.epochs:
+            raise UserError(f"{out} has run its {first_epoch} epochs; ask for more with --epochs")
+    else:
+        out = output_folder(out, s)
+        (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
+
+    count = lambda module: sum(p.numel() for p in module.parameters())                             # noqa: E731
+    print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
+          f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
+    for fact, value in corpus.facts.items():
+        print(f"{corpus.name}: {fact} {value:.4f}")
+    print(f"model of {count(model):,} parameters"
+          + (f", {s.dni}-wise DNI of {count(interface.g):,}" if interface else "")
+          + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads; log in {out}", flush=True)
+
+    live, started, interrupted, step, fraction = sys.stdout.isatty(), time.monotonic(), False, 0, 0.0
+    run = schedule.run.run if schedule else 0
+    try:
+        for epoch in range(first_epoch, s.epochs):
+            model.train()
+            state = memory = None
+            nll_sum, seen, epoch_started, shown = torch.zeros((), device=device), 0, time.monotonic(), 0.0
+            if interface:
+                interface = interface._replace(agreement=Agreement())
+            for start, stop in chunk_borders(len(inputs), s):
+                now = epoch + start / len(inputs)                                                  # epochs since the start
+                if schedule:
+                    schedule.step(now)
+                    if s.reset_optimizer and schedule.run.run != run:
+                        optimizer.state.clear()
+                    run = schedule.run.run
+                rate = schedule.get_last_lr()[0] if schedule else s.lr
+                optimizer.param_groups[0]["lr"] = rate * ((stop - start) / s.bptt if s.jitter else 1)
+                source = gradient_source(s, run, now)
+                try:
+                    nll, state, memory = train_step(model, optimizer, interface, inputs[start:stop], targets[start:stop],
+                                                    state, memory, source == "synthetic", s, product)
+                except NotFinite as error:
+                    good = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "no checkpoint yet"
+                    raise NotFinite(f"step {step + 1} of this start (epoch {now + 1:.2f}, run {run}, {source} gradients) is not "
+                                    f"finite: {error}; {good}; try a lower --lr or --dni-alpha") from None
+                nll_sum, seen, step = nll_sum + nll * (stop - start), seen + stop - start, step + 1
+                fraction = (now - first_epoch + (stop - start) / len(inputs)) / (s.epochs - first_epoch)
+                if live and time.monotonic() - shown > 0.5:
+                    shown = time.monotonic()
+                    print(f"\r\033[Kepoch {epoch + 1}/{s.epochs} {stop / len(inputs):4.0%}  run {run} {source}  lr {rate:.2e}  "
+                          f"perplexity {perplexity(nll_sum.item() / seen):.1f}  "
+                          f"{seen * s.batch_size / (shown - epoch_started):,.0f} tokens/s  "
+                          f"{clock((shown - started) * (1 / fraction - 1))} left", end="", flush=True)
+                if step == s.max_steps:
+                    break
+            seconds = time.monotonic() - epoch_started
+            valid = evaluate(model, valid_tokens, s.valid_batch_size, product)
+            cosine, r2 = interface.agreement.result() if interface else (math.nan, math.nan)
+            train = nll_sum.item() / seen
+            rows.append([epoch + 1, run, source, f"{rate:.3e}", round(perplexity(train), 3), round(perplexity(valid), 3),
+                         round(cosine, 5), round(r2, 5), round(seconds_before + time.monotonic() - started, 1)])
+            print(("\r\033[K" if live else "") + f"epoch {epoch + 1:3d}/{s.epochs}  run {run} {source:9}  lr {rate:.2e}  "
+                  f"train {perplexity(train):8.2f}  valid {perplexity(valid):8.2f}"
+                  + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
+                  + f"  {seen * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+            if not math.isfinite(valid):
+                raise NotFinite(f"validation after epoch {epoch + 1} is not finite; the last good checkpoint is {out / 'last.pt'}")
+            if valid < best:
+                best = valid
+                save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "epoch": epoch + 1}, out / "best.pt")
+            if stop == len(inputs):                                                # not one cut short by --max-steps
+                save({**{name: part.state_dict() for name, part in parts.items()}, "settings": dataclasses.asdict(s),
+                      "epoch": epoch + 1, "best": best, "rows": rows, "random": random_state(device)}, out / "last.pt")
+            write_log(rows, out / "log.csv")
+            if step == s.max_steps:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+        kept = f"--resume {out} goes on after epoch {rows[-1][0]}" if (out / "last.pt").exists() else "no epoch was finished"
+        print(f"\ninterrupted in epoch {epoch + 1}; {kept}; testing the best model so far", flush=True)
+
+    if math.isinf(best):                                                                           # nothing else to test
+        save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "epoch": 0}, out / "best.pt")
+    restore({"model": model}, read_checkpoint(out / "best.pt", device), out / "best.pt")
+    print("sampled:")
+    for text in sample(model, corpus.vocabulary):
+        print(f"  {text}")
+    if corpus.floor is not None:
+        print(f"perplexity floor {math.exp(corpus.floor):.4f}")
+    print(f"test perplexity {perplexity(evaluate(model, test_tokens, 1, product)):.2f}")
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                            # a sampled word the terminal cannot show
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, CorpusError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NotFinite as error:
+        print(f"\ntrain.py: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
