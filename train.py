@@ -33,7 +33,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -44,7 +43,7 @@ import torch
 from data import CorpusError, load_corpus, streams, unigram_perplexity
 from dni import Agreement, LayerDNI, NeuronDNI, inject, regress
 from qrnn import LanguageModel
-from sgdr import SGDR, run_at
+from sgdr import SGDR
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
@@ -261,7 +260,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
     #    which has a graph, is the prediction delta^_k that step 4 corrects.
     with mixed:
         if interface and state:
-            predicted, memory = interface.g(border(state), memory)
+            predicted, memory = interface.g([c.detach() for c in border(state)], memory)
             memory = tuple(m.detach() for m in memory) if memory else None
         if synthetic:
             with torch.no_grad():
@@ -314,9 +313,9 @@ def evaluate(model, tokens, batch_size, product=torch.float32, bptt=200):
         chunk = slice(start, start + bptt)
         with torch.autocast(tokens.device.type, product, product != torch.float32):
             nll, _, state = model.loss(inputs[chunk], targets[chunk], state)
-        total = total + nll.double() * inputs[chunk].numel() if nll.device.type != "mps" else total + nll * inputs[chunk].numel()
+        total += nll.item() * inputs[chunk].numel()
     model.train(was_training)
-    return float(total) / inputs.numel()
+    return total / inputs.numel()
 
 
 @torch.no_grad()
@@ -427,126 +426,171 @@ def perplexity(nll):
     return math.exp(min(nll, 700.0))
 
 
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
-def main(argv):
-    settings, out, resume = parse(argv)
-    device = pick_device(settings.device)
-    product = pick_product(settings.precision, device)
-    corpus = load_corpus(settings.data, settings.data_dir or None, delay=settings.recall_delay, symbols=settings.recall_symbols)
-    train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
-    inputs, targets = streams(train_tokens, settings.batch_size)                                   # (L, B)
-    streams(valid_tokens, settings.valid_batch_size), streams(test_tokens, 1)                      # long enough?
-    if len(inputs) < settings.bptt:
-        raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {settings.batch_size} streams give {len(inputs)} steps "
-                        f"each, less than one chunk of {settings.bptt}; lower --batch-size or --bptt")
-
-    torch.manual_seed(settings.seed)
-    s = settings
-    model = LanguageModel(len(corpus.vocabulary), s.embedding_size, s.hidden_size, s.num_layers,
+def build(s, vocabulary, device):
+    """Everything that learns: (model, optimizer, interface or None), the same initial model in every mode."""
+    torch.manual_seed(s.seed)
+    fused = {"fused": True} if device in ("cpu", "cuda") else {}
+    model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers,
                           dropout_embedding=s.dropout_embedding, dropout_input=s.dropout_input,
                           dropout_hidden=s.dropout_hidden, dropout_output=s.dropout_output,
                           dropout_weight=s.dropout_weight, zoneout=s.zoneout).to(device)
-    fused = {"fused": True} if device in ("cpu", "cuda") else {}
     optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.l2, **fused)
-    schedule = learning_rate(s, optimizer)
-    parts, interface = {"model": model, "optimizer": optimizer}, None
-    if uses_synthetic(s):
-        random_before = random_state(device)                            # so that every mode begins with the same weights
-        if s.dni == "neuron":                                           # and draws the same dropout masks
-            g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer).to(device)
-        else:
-            g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], s.dni_hidden, s.dni_noise, s.dni_last_layer).to(device)
-        set_random_state(random_before, device)
-        interface = Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused), Agreement())
-        parts.update(dni=g, dni_optimizer=interface.optimizer)
+    if not uses_synthetic(s):
+        return model, optimizer, None
+    before = random_state(device)                                       # put back below, so that every mode draws the
+    if s.dni == "neuron":                                               # same dropout masks
+        g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer).to(device)
+    else:
+        g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], s.dni_hidden, s.dni_noise, s.dni_last_layer).to(device)
+    set_random_state(before, device)
+    return model, optimizer, Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused), Agreement())
 
-    first_epoch, best, rows, seconds_before = 0, math.inf, [], 0.0
+
+class Epoch(NamedTuple):
+    """What one pass over the training text came to."""
+    nll: float         # nats a token, dropout on
+    run: int           # of its last step, as are the next two
+    source: str
+    rate: float
+    agreement: tuple   # (cosine, R^2) of g, nan without one
+    chunks: int
+    steps: int         # of time, all chunks together: L, or less where max_steps cut it short
+
+
+def train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product, limit=0, progress=None):
+    """One pass over inputs and targets, (L, B) each, in chunks. run: of the step before. Returns an Epoch.
+
+    limit: stop after so many steps, 0: none. progress: called after each step with what a progress line shows.
+    Raises NotFinite, saying where.
+    """
+    model.train()
+    state, memory, total, length = None, None, torch.zeros((), device=inputs.device), len(inputs)
+    if interface:
+        interface = interface._replace(agreement=Agreement())
+    for step, (start, stop) in enumerate(chunk_borders(length, s), 1):
+        now, previous_run = epoch + start / length, run                                            # epochs since the start
+        if schedule:
+            schedule.step(now)
+            run = schedule.run.run
+            if s.reset_optimizer and run != previous_run:
+                optimizer.state.clear()
+        rate = schedule.get_last_lr()[0] if schedule else s.lr
+        optimizer.param_groups[0]["lr"] = rate * ((stop - start) / s.bptt if s.jitter else 1)
+        source = gradient_source(s, run, now)
+        try:
+            nll, state, memory = train_step(model, optimizer, interface, inputs[start:stop], targets[start:stop],
+                                            state, memory, source == "synthetic", s, product)
+        except NotFinite as error:
+            raise NotFinite(f"step {step} of epoch {epoch + 1} (run {run}, {source} gradients, learning rate {rate:.2e}) is not "
+                            f"finite: {error}") from None
+        total += nll * (stop - start)
+        if progress:
+            progress(epoch, stop / length, run, source, rate, total, stop)
+        if step == limit:
+            break
+    agreement = interface.agreement.result() if interface else (math.nan, math.nan)
+    return Epoch(total.item() / stop, run, source, rate, agreement, step, stop)
+
+
+class ProgressLine:
+    """One line on a terminal that rewrites itself twice a second. first, epochs: where this start began and will end."""
+
+    def __init__(self, first, epochs, batch_size):
+        self.first, self.epochs, self.batch_size = first, epochs, batch_size
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, epoch, part, run, source, rate, total, steps):
+        now = time.monotonic()
+        if steps and now - self.shown > 0.5:
+            done = (epoch + part - self.first) / (self.epochs - self.first)
+            left = (now - self.started) * (1 / done - 1)
+            speed = (epoch + part - self.first) * steps / part * self.batch_size / (now - self.started)
+            print(f"\r\033[Kepoch {epoch + 1}/{self.epochs} {part:4.0%}  run {run} {source}  lr {rate:.2e}  "
+                  f"perplexity {perplexity(total.item() / steps):.1f}  {speed:,.0f} tokens/s  {clock(left)} left", end="", flush=True)
+            self.shown = now
+
+
+def main(argv):
+    """Train, test the best model, return the exit status. Raises UserError, CorpusError, NotFinite, OSError."""
+    s, out, resume = parse(argv)
+    device = pick_device(s.device)
+    product = pick_product(s.precision, device)
+    corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
+    train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
+    inputs, targets = streams(train_tokens, s.batch_size)                                          # (L, B)
+    streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)                             # long enough?
+    if len(inputs) < s.bptt:
+        raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {s.batch_size} streams give {len(inputs)} steps "
+                        f"each, less than one chunk of {s.bptt}; lower --batch-size or --bptt")
+
+    model, optimizer, interface = build(s, len(corpus.vocabulary), device)
+    schedule = learning_rate(s, optimizer)
+    parts = {"model": model, "optimizer": optimizer}
+    if interface:
+        parts.update(dni=interface.g, dni_optimizer=interface.optimizer)
+    first, run, best, rows = 0, 0, math.inf, []
     if resume:
         checkpoint = read_checkpoint(out / "last.pt", device)
         restore(parts, checkpoint, out / "last.pt")
         set_random_state(checkpoint["random"], device)
-        first_epoch, best, rows = checkpoint["epoch"], checkpoint["best"], checkpoint["rows"]
-        seconds_before = rows[-1][-1]
-        if first_epoch >= s.epochs:
-            raise UserError(f"{out} has run its {first_epoch} epochs; ask for more with --epochs")
+        first, run, best, rows = (checkpoint[name] for name in ("epoch", "run", "best", "rows"))
+        if first >= s.epochs:
+            raise UserError(f"{out} has run its {first} epochs; ask for more with --epochs")
     else:
         out = output_folder(out, s)
-        (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
+    (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
 
-    count = lambda module: sum(p.numel() for p in module.parameters())                             # noqa: E731
     print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
           f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
     for fact, value in corpus.facts.items():
         print(f"{corpus.name}: {fact} {value:.4f}")
-    print(f"model of {count(model):,} parameters"
-          + (f", {s.dni}-wise DNI of {count(interface.g):,}" if interface else "")
-          + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads; log in {out}", flush=True)
+    print(f"model of {parameters(model):,} parameters"
+          + (f", {s.dni}-wise DNI of {parameters(interface.g):,}" if interface else "")
+          + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads; in {out}", flush=True)
 
-    live, started, interrupted, step, fraction = sys.stdout.isatty(), time.monotonic(), False, 0, 0.0
-    run = schedule.run.run if schedule else 0
+    started, chunks, interrupted = time.monotonic() - (rows[-1][-1] if rows else 0), 0, False
+    progress = ProgressLine(first, s.epochs, s.batch_size) if sys.stdout.isatty() else None
     try:
-        for epoch in range(first_epoch, s.epochs):
-            model.train()
-            state = memory = None
-            nll_sum, seen, epoch_started, shown = torch.zeros((), device=device), 0, time.monotonic(), 0.0
-            if interface:
-                interface = interface._replace(agreement=Agreement())
-            for start, stop in chunk_borders(len(inputs), s):
-                now = epoch + start / len(inputs)                                                  # epochs since the start
-                if schedule:
-                    schedule.step(now)
-                    if s.reset_optimizer and schedule.run.run != run:
-                        optimizer.state.clear()
-                    run = schedule.run.run
-                rate = schedule.get_last_lr()[0] if schedule else s.lr
-                optimizer.param_groups[0]["lr"] = rate * ((stop - start) / s.bptt if s.jitter else 1)
-                source = gradient_source(s, run, now)
-                try:
-                    nll, state, memory = train_step(model, optimizer, interface, inputs[start:stop], targets[start:stop],
-                                                    state, memory, source == "synthetic", s, product)
-                except NotFinite as error:
-                    good = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "no checkpoint yet"
-                    raise NotFinite(f"step {step + 1} of this start (epoch {now + 1:.2f}, run {run}, {source} gradients) is not "
-                                    f"finite: {error}; {good}; try a lower --lr or --dni-alpha") from None
-                nll_sum, seen, step = nll_sum + nll * (stop - start), seen + stop - start, step + 1
-                fraction = (now - first_epoch + (stop - start) / len(inputs)) / (s.epochs - first_epoch)
-                if live and time.monotonic() - shown > 0.5:
-                    shown = time.monotonic()
-                    print(f"\r\033[Kepoch {epoch + 1}/{s.epochs} {stop / len(inputs):4.0%}  run {run} {source}  lr {rate:.2e}  "
-                          f"perplexity {perplexity(nll_sum.item() / seen):.1f}  "
-                          f"{seen * s.batch_size / (shown - epoch_started):,.0f} tokens/s  "
-                          f"{clock((shown - started) * (1 / fraction - 1))} left", end="", flush=True)
-                if step == s.max_steps:
-                    break
+        for epoch in range(first, s.epochs):
+            epoch_started = time.monotonic()
+            done = train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product,
+                               s.max_steps - chunks if s.max_steps else 0, progress)
             seconds = time.monotonic() - epoch_started
             valid = evaluate(model, valid_tokens, s.valid_batch_size, product)
-            cosine, r2 = interface.agreement.result() if interface else (math.nan, math.nan)
-            train = nll_sum.item() / seen
-            rows.append([epoch + 1, run, source, f"{rate:.3e}", round(perplexity(train), 3), round(perplexity(valid), 3),
-                         round(cosine, 5), round(r2, 5), round(seconds_before + time.monotonic() - started, 1)])
-            print(("\r\033[K" if live else "") + f"epoch {epoch + 1:3d}/{s.epochs}  run {run} {source:9}  lr {rate:.2e}  "
-                  f"train {perplexity(train):8.2f}  valid {perplexity(valid):8.2f}"
+            run, chunks, (cosine, r2) = done.run, chunks + done.chunks, done.agreement
+            rows.append([epoch + 1, run, done.source, float(f"{done.rate:.4e}"), round(perplexity(done.nll), 3),
+                         round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - started, 1)])
+            print(("\r\033[K" if progress else "") + f"epoch {epoch + 1:3d}/{s.epochs}  run {run} {done.source:9}  "
+                  f"lr {done.rate:.2e}  train {perplexity(done.nll):8.2f}  valid {perplexity(valid):8.2f}"
                   + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
-                  + f"  {seen * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+                  + f"  {done.steps * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
             if not math.isfinite(valid):
-                raise NotFinite(f"validation after epoch {epoch + 1} is not finite; the last good checkpoint is {out / 'last.pt'}")
+                raise NotFinite(f"the validation loss after epoch {epoch + 1} is not finite")
             if valid < best:
                 best = valid
                 save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "epoch": epoch + 1}, out / "best.pt")
-            if stop == len(inputs):                                                # not one cut short by --max-steps
-                save({**{name: part.state_dict() for name, part in parts.items()}, "settings": dataclasses.asdict(s),
+            if done.steps == len(inputs):
+                save({**{name: part.state_dict() for name, part in parts.items()}, "settings": dataclasses.asdict(s), "run": run,
                       "epoch": epoch + 1, "best": best, "rows": rows, "random": random_state(device)}, out / "last.pt")
             write_log(rows, out / "log.csv")
-            if step == s.max_steps:
+            if chunks == s.max_steps:
                 break
+    except NotFinite as error:
+        kept = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
+        raise NotFinite(f"{error}; {kept}; try a lower --lr or --dni-alpha") from None
     except KeyboardInterrupt:
         interrupted = True
         kept = f"--resume {out} goes on after epoch {rows[-1][0]}" if (out / "last.pt").exists() else "no epoch was finished"
-        print(f"\ninterrupted in epoch {epoch + 1}; {kept}; testing the best model so far", flush=True)
+        print(f"\ninterrupted in epoch {len(rows) + 1}; {kept}; testing the best model so far", flush=True)
 
     if math.isinf(best):                                                                           # nothing else to test
         save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "epoch": 0}, out / "best.pt")
@@ -560,19 +604,21 @@ def main(argv):
     return 130 if interrupted else 0
 
 
+def command(argv):
+    """`main` with every failure a user can cause or cure told in one line on stderr. Returns the exit status."""
+    try:
+        return main(argv)
+    except (UserError, CorpusError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"train.py: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                            # a sampled word the terminal cannot show
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, CorpusError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NotFinite as error:
-        print(f"\ntrain.py: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(command(sys.argv[1:]))

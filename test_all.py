@@ -1,0 +1,960 @@
+"""The proofs. Each test states a claim, computes its two sides by independent means, and compares them.
+
+Run `pytest test_all.py`. Set QRNN_DATA to a folder with the PTB and WikiText-2 files to include the claims about them;
+without it, without a GPU, and so on, the tests concerned are skipped and say so.
+
+    1  pooling and the QRNN          5  neuron-wise               9  data
+    2  causality and streaming       6  trained but not used     10  evaluation and regularisation
+    3  Eq. 1                         7  g learns                 11  train.py as a program
+    4  the bootstrapped target       8  warm restarts            12  README.md
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import http.server
+import io
+import itertools
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+import data
+import train
+from dni import Agreement, LayerDNI, NeuronDNI, inject, joined, regress
+from qrnn import QRNN, LanguageModel, QRNNLayer, decoder_loss, locked_dropout, pool, pool_loop
+from sgdr import SGDR, run_at
+
+HERE = Path(__file__).resolve().parent
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+DOUBLE = dict(dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(1)
+
+
+def close(a, b, **tolerance):
+    torch.testing.assert_close(a, b, **tolerance)
+
+
+# -------------------------------------------------------------------------------------------- 1. pooling and the QRNN
+
+def gates(T=7, B=3, H=4, device="cpu"):
+    """Leaves f in (0, 1), z in (-1, 1) and c_0."""
+    return [x.to(device).requires_grad_() for x in (torch.rand(T, B, H, **DOUBLE), torch.rand(T, B, H, **DOUBLE) * 2 - 1,
+                                                    torch.randn(B, H, **DOUBLE))]
+
+
+def pool_closed_form(f, z, c0):
+    """c_t = (prod_{i<=t} f_i) c_0 + sum_{j<=t} (prod_{j<i<=t} f_i) (1 - f_j) z_j, with no recurrence in it."""
+    states = []
+    for t in range(1, len(f) + 1):
+        c = f[:t].prod(0) * c0
+        for j in range(t):
+            c = c + f[j + 1:t].prod(0) * (1 - f[j]) * z[j]
+        states.append(c)
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_pooling_loop_is_closed_form_is_explicit_function(T, device):
+    """The three forms of the pooling agree, in value and in the gradients of f, z and c_0."""
+    leaves, weights = gates(T, device=device), torch.randn(T, 3, 4, **DOUBLE).to(device)
+    outputs = [form(*leaves) for form in (pool_loop, pool_closed_form, pool)]
+    gradients = [torch.autograd.grad((weights * out).sum(), leaves) for out in outputs]
+    for out, grads in zip(outputs[1:], gradients[1:]):
+        close(out, outputs[0])
+        close(grads, gradients[0])
+
+
+def test_pooling_gradcheck():
+    """The hand-written backward is the derivative, by finite differences, also through strided and broadcast arguments."""
+    f, z, c0 = gates()
+    assert torch.autograd.gradcheck(pool, (f, z, c0))
+    assert torch.autograd.gradcheck(lambda f, z, c0: pool(f.transpose(0, 1), z.transpose(0, 1), c0.t())[::2],
+                                    (gates(3, 7, 4)[0], gates(3, 7, 4)[1], gates(7, 4, 3)[2]))
+    assert torch.autograd.gradcheck(lambda f, z, c0: pool(f, z, c0).sum(), (f, z, c0))             # G is an expanded scalar
+
+
+def numpy_qrnn(layers, x):
+    """A QRNN stack as the paper writes it: a convolution over time, then a loop. Weights from `layers`, zeros as state."""
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))                                                       # noqa: E731
+    for layer in layers:
+        W, b, k, H = layer.weight.detach().numpy(), layer.bias.detach().numpy(), layer.window, layer.hidden_size
+        T, B, I = x.shape                                                                          # noqa: E741
+        h, c = np.zeros((T, B, H)), np.zeros((B, H))
+        for t in range(T):
+            a = np.tile(b, (B, 1))
+            for lag in range(k):                                       # the last I columns of W belong to x_t itself
+                if t - lag >= 0:
+                    a = a + x[t - lag] @ W[:, (k - 1 - lag) * I:(k - lag) * I].T
+            z, f = np.tanh(a[:, :H]), sigmoid(a[:, H:2 * H])
+            c = f * c + (1 - f) * z
+            h[t] = sigmoid(a[:, 2 * H:]) * c if layer.output_gate else c
+        x = h
+    return x, c
+
+
+@pytest.mark.parametrize("output_gate", [True, False])
+@pytest.mark.parametrize("window", [1, 2, [3, 1, 2]])
+def test_qrnn_is_a_convolution_and_a_loop(window, output_gate):
+    """QRNN = QRNN section 2, written in numpy, for windows 1, 2 and a mixture, with f- and fo-pooling."""
+    qrnn = QRNN(5, [4, 6, 3], window=window, output_gate=output_gate).double()
+    x = torch.randn(9, 2, 5, **DOUBLE)
+    output, state = qrnn(x)
+    expected, c = numpy_qrnn(qrnn.layers, x.numpy())
+    close(output.detach().numpy(), expected)
+    close(state[-1][0].detach().numpy(), c)
+
+
+def test_qrnn_is_called_like_an_lstm():
+    """Same shapes in and out as nn.LSTM, (T, B, I) or batch_first; the two layouts hold the same numbers."""
+    for batch_first in (False, True):
+        lstm, qrnn = (cls(5, 4, num_layers=2, batch_first=batch_first, dropout=0.5) for cls in (torch.nn.LSTM, QRNN))
+        x = torch.randn(7, 3, 5)
+        assert qrnn(x)[0].shape == lstm(x)[0].shape
+        output, state = qrnn(x)
+        qrnn(x, state)
+        assert [tuple(c.shape) for c, _ in state] == [tuple(c.shape) for c in lstm(x)[1][1]]
+    one, other = QRNN(5, 4, 2), QRNN(5, 4, 2, batch_first=True)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(7, 3, 5)
+    close(one(x)[0], other(x.transpose(0, 1))[0].transpose(0, 1))
+    with pytest.raises(ValueError, match=r"\(T >= 1, B, 5\).*\(7, 3, 6\)"):
+        one(torch.randn(7, 3, 6))
+    with pytest.raises(ValueError, match="T >= 1"):
+        one(torch.randn(0, 3, 5))
+    with pytest.raises(ValueError, match="at least 1"):
+        QRNN(5, 0)
+
+
+def test_zoneout_keeps_the_old_value():
+    """Zoneout 1 freezes the state; 0.3 keeps 30% of the neurons in training, and evaluation is the mean over masks."""
+    x, c0 = torch.randn(1, 1, 5, **DOUBLE), torch.randn(1, 3000, **DOUBLE)
+    layer = QRNNLayer(5, 3000, zoneout=0.3, output_gate=False).double()
+    state = (c0, x[:0])
+    kept = (layer(x, state)[0][0] == c0).double().mean()
+    assert abs(kept - 0.3) < 0.04
+    with torch.no_grad():
+        mean = sum(layer(x, state)[0] for _ in range(2000)) / 2000
+        close(layer.eval()(x, state)[0], mean, atol=0.1, rtol=0)
+    layer.train().zoneout = 1.0
+    close(layer(torch.randn(6, 1, 5, **DOUBLE), state)[0], c0.expand(6, 1, 3000))
+
+
+@pytest.mark.parametrize("n, V", [(5, 7), (1000, 9000)])
+def test_decoder_loss_in_blocks_is_cross_entropy(n, V):
+    """The block-wise decoder and loss equal F.cross_entropy(F.linear(.)), value and gradients, over one block or several."""
+    leaves = [torch.randn(shape, **DOUBLE).requires_grad_() for shape in ((n, 6), (V, 6), (V,))]
+    target = torch.randint(V, (n,))
+    ours, theirs = decoder_loss(*leaves, target), F.cross_entropy(F.linear(*leaves), target)
+    close(ours, theirs)
+    close(torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * theirs, leaves))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_products_stay_near_float32(device):
+    """With bf16 products, loss within 1% and every gradient within 5% (of its norm) of float32; state stays float32."""
+    model = LanguageModel(50, 32, 64, 2).to(device)
+    tokens = torch.randint(50, (20, 4), device=device)
+    results = []
+    for product in (torch.float32, torch.bfloat16):
+        with torch.autocast(device, product, product != torch.float32):
+            nll, _, state = model.loss(tokens[:-1], tokens[1:])
+        assert state[0][0].dtype == torch.float32
+        results.append((nll, torch.autograd.grad(nll, list(model.parameters()))))
+    (a, full), (b, half) = results
+    assert a != b and abs(a - b) < 0.01 * a
+    for g, h in zip(full, half):
+        assert (g - h).norm() < 0.05 * g.norm()
+
+
+# ------------------------------------------------------------------------------------------ 2. causality and streaming
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_causality(window):
+    """Output t depends on inputs up to t, and on every one of them, and on none after."""
+    qrnn = QRNN(3, 4, 2, window=window).double()
+    x = torch.randn(6, 1, 3, **DOUBLE)
+    jacobian = torch.autograd.functional.jacobian(lambda x: qrnn(x)[0], x).abs().amax((1, 2, 4, 5))  # (t out, t in)
+    assert (jacobian.triu(1) == 0).all() and (jacobian.tril() + torch.ones(6, 6).triu(1) > 0).all()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_streaming(window):
+    """A sequence cut anywhere, into pieces shorter than the window too, with the state carried, equals one pass."""
+    qrnn = QRNN(3, 4, 2, window=window).double()
+    x = torch.randn(7, 2, 3, **DOUBLE)
+    whole, last = qrnn(x)
+    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, 7), n) for n in (1, 2, 6)):
+        state, pieces = None, []
+        for start, stop in zip((0, *cuts), (*cuts, 7)):
+            piece, state = qrnn(x[start:stop], state)
+            pieces.append(piece)
+        close(torch.cat(pieces), whole)
+        close(state, last)
+
+
+# ---------------------------------------------------------------------------- 3, 4. Eq. 1 and the bootstrapped target
+
+def tiny_model(windows=(1, 1)):
+    """A language model in float64 small enough for whole Jacobians, and K = 3 chunks of T = 4 steps of B = 2 streams."""
+    model = LanguageModel(11, 3, 5, 2).double()
+    model.rnn = QRNN(3, [5, 3], window=list(windows)).double()
+    tokens = torch.randint(11, (13, 2))
+    return model, [(tokens[i:i + 4], tokens[i + 1:i + 5]) for i in (0, 4, 8)]
+
+
+def settings(**changes):
+    return dataclasses.replace(train.SMALL, **{"clip": math.inf, "dni_alpha": 1.0, **changes})
+
+
+def one_graph(model, chunks):
+    """Losses and border states of all chunks in a single graph: what full backpropagation through time would see."""
+    losses, states, state = [], [], None
+    for inputs, targets in chunks:
+        nll, penalty, state = model.loss(inputs, targets, state, 2.0, 1.0)
+        losses.append(nll + penalty)
+        states.append(state)
+    return losses, states
+
+
+class Oracle(torch.nn.Module):
+    """In place of g: says the true gradients it was given, in order, whatever the state."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.unused, self.answers = torch.nn.Parameter(torch.zeros(())), iter(answers)
+
+    def forward(self, state, memory=None):
+        if torch.is_grad_enabled():                                     # the prediction for step 4
+            return [c * 0 + self.unused for c in state], memory
+        return next(self.answers), memory                               # the injection of steps 2 and 3
+
+
+def test_eq1_with_the_true_future_gradient_is_full_bptt():
+    """Eq. 1: give each chunk the TRUE future gradient and the chunks' gradients add up to full BPTT's, through train_step.
+
+    Left side: K separate chunks, trained as train.py does. Right side: one graph over the whole text. With nothing
+    injected the sum is different, which is what truncation costs.
+    """
+    model, chunks = tiny_model()
+    parameters = list(model.parameters())
+    losses, states = one_graph(model, chunks)
+    full = torch.autograd.grad(sum(losses), parameters, retain_graph=True)
+    T_B = chunks[0][0].numel()
+    future = [[T_B * g for g in torch.autograd.grad(sum(losses[k + 1:]), train.border(states[k]), retain_graph=True)]
+              for k in range(2)] + [[torch.zeros_like(c) for c in train.border(states[2])]]
+
+    def sum_over_chunks(synthetic):
+        oracle = Oracle(future)
+        interface = train.Interface(oracle, torch.optim.SGD(oracle.parameters(), 0.0), Agreement())
+        frozen, state, memory = torch.optim.SGD(parameters, 0.0), None, None
+        total = [torch.zeros_like(p) for p in parameters]
+        for inputs, targets in chunks:
+            _, state, memory = train.train_step(model, frozen, interface, inputs, targets, state, memory, synthetic,
+                                                settings(activation=2.0, temporal=1.0))
+            total = [t + p.grad for t, p in zip(total, parameters)]
+        return total
+
+    close(sum_over_chunks(synthetic=True), list(full))
+    truncated = joined(sum_over_chunks(synthetic=False))
+    assert (truncated - joined(full)).norm() > 1e-3 * joined(full).norm()
+
+
+def test_eq1_holds_for_windows_above_one_when_the_inputs_cross_too():
+    """With a window of 2 the border is crossed by c and by x_prev; with both gradients injected Eq. 1 is exact again."""
+    model, chunks = tiny_model(windows=(2, 3))
+    parameters, flat = list(model.parameters()), lambda state: [t for pair in state for t in pair]  # noqa: E731
+    losses, states = one_graph(model, chunks)
+    full = torch.autograd.grad(sum(losses), parameters, retain_graph=True)
+    state = None
+    for k, (inputs, targets) in enumerate(chunks):
+        nll, penalty, new_state = model.loss(inputs, targets, state, 2.0, 1.0)
+        future = (torch.autograd.grad(sum(losses[k + 1:]), flat(states[k]), retain_graph=True) if k < 2
+                  else [torch.zeros_like(t) for t in flat(new_state)])
+        inject(nll + penalty, flat(new_state), future, scale=1.0)
+        state = [(c.detach(), x_prev.detach()) for c, x_prev in new_state]
+    close([p.grad for p in parameters], list(full))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.1])
+def test_bootstrapped_target(alpha):
+    """delta_T = dL_{T..2T}/dh_T + (dh_2T/dh_T)^T alpha delta^_2T, in units of one stream's summed loss (section 2.1).
+
+    Left: what train_step leaves in the border state's .grad. Right: autograd over one graph of 2T steps for the first
+    term; the whole Jacobian dh_2T/dh_T, as a matrix, times g's answer for the second.
+    """
+    model, chunks = tiny_model()
+    g = NeuronDNI(last_layer=0.5).double()
+    interface = train.Interface(g, torch.optim.SGD(g.parameters(), 0.0), Agreement())
+    optimizer, state, memory = torch.optim.SGD(model.parameters(), 0.0), None, None
+    borders = []
+    for inputs, targets in chunks[:2]:
+        borders.append(state)
+        _, state, memory = train.train_step(model, optimizer, interface, inputs, targets, state, memory, True,
+                                            settings(dni_alpha=alpha))
+    left = joined([c.grad for c in train.border(borders[1])]) * chunks[0][0].numel()
+
+    (_, loss), (first, second) = one_graph(model, chunks[:2])
+    true_part = torch.autograd.grad(loss, train.border(first), retain_graph=True)
+
+    def second_state(*cs):
+        return joined(train.border(model.loss(*chunks[1], [(c, x) for c, (_, x) in zip(cs, first)])[2]))
+    rows = torch.autograd.functional.jacobian(second_state, tuple(train.border(first)))            # dh_2T / dh_T
+    jacobian = torch.cat([r.flatten(1) for r in rows], 1)                                          # (N, N)
+    with torch.no_grad():
+        _, memory = g(train.border(first))
+        answer, _ = g(train.border(second), memory)                                                # delta^_2T
+    right = joined(true_part) * chunks[0][0].numel() + jacobian.T @ (alpha * joined(answer))
+    close(left, right)
+    assert (jacobian.T @ joined(answer)).norm() > 1e-3 * left.norm()                               # g had a say in it
+
+
+# ------------------------------------------------------------------------------------------------------- 5. neuron-wise
+
+def test_permuting_neurons_permutes_the_synthetic_gradients():
+    """g cannot tell one neuron from another: shuffle the neurons of all layers and streams, and its answers follow."""
+    g, memory, shuffled_memory = NeuronDNI(last_layer=0.5), None, None
+    order = torch.randperm(4 * 9)
+    for _ in range(3):
+        c = torch.randn(4, 9)
+        (d,), memory = g([c], memory)
+        (shuffled,), shuffled_memory = g([c.flatten()[order].view(4, 9)], shuffled_memory)
+        close(shuffled.flatten(), d.flatten()[order])
+    one_call = g([torch.ones(2, 3), torch.ones(2, 5)])[0]                                          # layers do not matter
+    assert [tuple(d.shape) for d in one_call] == [(2, 3), (2, 5)] and joined(one_call).unique().numel() == 1
+
+
+def test_each_neuron_has_its_own_memory():
+    """Change one neuron's past and only its own row of h_g, and only its own later synthetic gradient, changes."""
+    g, past = NeuronDNI(last_layer=0.5), torch.randn(2, 8)
+    other = past.clone()
+    other[1, 3] += 1
+    memories = [g([p])[1] for p in (past, other)]
+    assert memories[0][0].shape == (16, 50)
+    changed = (memories[0][0] != memories[1][0]).any(1).nonzero().flatten().tolist()
+    now = torch.randn(2, 8)
+    answers = [g([now], m)[0][0].flatten() for m in memories]
+    assert changed == [8 + 3] == (answers[0] != answers[1]).nonzero().flatten().tolist()
+
+
+def test_parameters_do_not_grow_with_the_neurons():
+    """phi is the same for 1 and for 101,000 neurons, and one to two orders below the layer-wise DNI at the paper's size."""
+    count = train.parameters
+    paper = [layer.hidden_size for layer in LanguageModel(10, 400, 1550, 4).rnn.layers]
+    assert paper == [1550, 1550, 1550, 400] and 20 * sum(paper) == 101_000
+    g = NeuronDNI()
+    with torch.no_grad():
+        g([torch.randn(1, 1)]), g([torch.randn(20, h) for h in paper])
+    assert 10 <= count(LayerDNI(paper)) / count(g) <= 100
+    assert count(LayerDNI([2 * h for h in paper])) > 1.9 * count(LayerDNI(paper))
+
+
+# --------------------------------------------------------------------------------------------- 6. trained but not used
+
+def gradients_of_a_run(mode, dni="neuron", steps=4, **changes):
+    """Model gradients of each of a few train_steps with dropout and bf16 off, weights updated by Adam in between."""
+    s = dataclasses.replace(train.SMALL, mode=mode, dni=dni, embedding_size=8, hidden_size=12, dropout_weight=0.1,
+                            dropout_embedding=0.1, dni_alpha=1.0, **changes)
+    model, optimizer, interface = train.build(s, 30, "cpu")
+    tokens, state, memory, gradients = torch.arange(400).view(100, 4) % 29, None, None, []
+    for k in range(steps):
+        run, epoch = 0, k / 2                                           # two steps an "epoch", so that dni is past its warm-up
+        source = train.gradient_source(s, run, epoch)
+        part = slice(20 * k, 20 * k + 20)
+        _, state, memory = train.train_step(model, optimizer, interface, tokens[part], tokens[1:][part], state, memory,
+                                            source == "synthetic", s)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    return gradients, interface
+
+
+@pytest.mark.parametrize("dni", ["neuron", "layer"])
+def test_a_dni_trained_but_not_used_changes_nothing(dni):
+    """While g only learns, every gradient of the model is bit-identical to BPTT's, dropout masks included; then not."""
+    bptt, _ = gradients_of_a_run("bptt")
+    unused, interface = gradients_of_a_run("dni", dni, dni_warmup=10.0)
+    for ours, theirs in zip(unused, bptt):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert any((p != 0).any() for p in (interface.g.decode if dni == "neuron" else interface.g.mlps[0])[-1].parameters())
+    used, _ = gradients_of_a_run("dni", dni, dni_warmup=1.0)
+    assert any((a != b).any() for a, b in zip(used[-1], bptt[-1]))
+
+
+@pytest.mark.parametrize("dni", [NeuronDNI(), LayerDNI([9, 5])])
+def test_the_first_synthetic_gradients_are_zero(dni):
+    """With its last layer at zero, g says exactly 0, and injecting that is plain truncated BPTT, bit for bit."""
+    assert not joined(dni([torch.randn(4, 9), torch.randn(4, 5)])[0]).any()
+    bptt, _ = gradients_of_a_run("bptt", steps=1)
+    first, _ = gradients_of_a_run("dni", steps=1, dni_warmup=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(first[0], bptt[0]))
+
+
+# --------------------------------------------------------------------------------------------------------- 7. g learns
+
+def learn(g, gradient, borders=600, neurons=(16, 16)):
+    """Train g as step 4 does on random states whose future gradient is `gradient(now, before)`; R^2 of the last tenth."""
+    optimizer, memory, before = torch.optim.Adam(g.parameters(), 3e-3), None, torch.zeros(16, 32)
+    agreement = Agreement()
+    for k in range(borders):
+        now = torch.rand(16, 32) * 2 - 1
+        predicted, memory = g(list(now.split(neurons, 1)), memory)
+        memory = tuple(m.detach() for m in memory) if memory else None
+        target = gradient(now, before).split(neurons, 1)
+        if k >= borders * 9 // 10:
+            agreement.update(predicted, target)
+        regress(optimizer, predicted, target)
+        before = now
+    return agreement.result()
+
+
+def test_g_learns_a_known_gradient():
+    """Future loss sum_h (cos(3 h) + h^2), so gradient -3 sin(3 h) + 2 h: R^2 passes 0.99. A coin toss: R^2 stays at 0."""
+    cosine, r2 = learn(NeuronDNI(), lambda h, _: -3 * torch.sin(3 * h) + 2 * h)
+    assert r2 > 0.99 and cosine > 0.99
+    assert learn(NeuronDNI(), lambda h, _: torch.randn_like(h), borders=200)[1] < 0.05
+
+
+def test_g_remembers():
+    """Where the gradient is h now + h at the border before, no memoryless g can pass R^2 = 1/2; one with h_g does.
+
+    (Not so where it is the PAST alone: g learns one border at a time, so nothing rewards it for writing to h_g what only
+    a later border needs; it writes what is of use at once.)
+    """
+    gradient = lambda now, before: now + before                                                    # noqa: E731
+    assert learn(NeuronDNI(), gradient)[1] > 0.65
+    assert 0.4 < learn(LayerDNI([16, 16]), gradient, borders=2000)[1] < 0.55
+
+
+def test_agreement_measures_cosine_and_r2():
+    """The running sums equal the two definitions on everything seen, put together at the end."""
+    agreement, p, t = Agreement(), torch.randn(5, 7), torch.randn(5, 7)
+    assert all(math.isnan(x) for x in agreement.result())
+    for row_p, row_t in zip(p, t):
+        agreement.update([row_p[:3], row_p[3:]], [row_t[:3], row_t[3:]])
+    cosine, r2 = agreement.result()
+    assert math.isclose(cosine, F.cosine_similarity(p.flatten(), t.flatten(), 0).item(), rel_tol=1e-4)
+    assert math.isclose(r2, (1 - (p - t).square().sum() / t.square().sum()).item(), rel_tol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- 8. warm restarts
+
+def optimizer_with(*rates):
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": rate} for rate in rates])
+
+
+@pytest.mark.parametrize("base, mult, eta_min", [(5, 2, 0.0), (1, 2, 1e-5), (3, 1, 0.0), (2, 3, 1e-4)])
+def test_sgdr_is_cosine_annealing_warm_restarts(base, mult, eta_min):
+    """To the last bit PyTorch's scheduler: by whole epochs with step(), and by fractions with step(epoch)."""
+    for moments in ([None] * 60, [i / 7 for i in range(420)]):
+        ours, theirs = optimizer_with(1e-3, 0.3), optimizer_with(1e-3, 0.3)
+        a, b = SGDR(ours, base, mult, eta_min), CosineAnnealingWarmRestarts(theirs, base, mult, eta_min)
+        assert a.get_last_lr() == b.get_last_lr()
+        for moment in moments:
+            ours.step(), theirs.step()
+            a.step(moment), b.step(moment)
+            assert a.get_last_lr() == b.get_last_lr() == [g["lr"] for g in ours.param_groups]
+
+
+def test_restarts_of_the_paper_and_of_the_authors_code():
+    """E_base = 5 restarts at 5, 15, 35, 75, 155, 315 (section 2.1: E_i = 2^i E_base); explicit epochs where they are given."""
+    starts = lambda **kw: [e for e in range(1, 330) if run_at(e, **kw).elapsed == 0]               # noqa: E731
+    assert starts(base=5) == [5, 15, 35, 75, 155, 315]
+    authors = [5, 10, 20, 40, 80, 160, 320]
+    assert starts(restarts=authors) == authors
+    assert run_at(9.5, base=5) == (1, 4.5, 10) and run_at(12, restarts=[5, 10]) == (2, 2, 5)
+    assert [run_at(e, base=0.5).run for e in (0, 0.49, 0.5, 1.49, 1.5)] == [0, 0, 1, 1, 2]
+    for bad in (dict(epoch=-1), dict(epoch=0, base=0), dict(epoch=0, restarts=[3, 3]), dict(epoch=0, restarts=[0, 1])):
+        with pytest.raises(ValueError):
+            run_at(**bad)
+
+
+def test_sgdr_bounds_per_run_and_whole_epochs():
+    """Run i falls from eta_max^i to eta_min^i, the last bounds serving later runs; fractional=False moves by epochs only."""
+    schedule = SGDR(optimizer_with(1.0), 2, eta_max=[1.0, 0.5], eta_min=[0.1, 0.0])
+    at = lambda epoch: (schedule.step(epoch), schedule.get_last_lr()[0])[1]                        # noqa: E731
+    assert [at(e) for e in (0, 1, 2, 4, 6, 10)] == pytest.approx([1.0, 0.55, 0.5, 0.25, 0.5, 0.25])
+    assert at(2 - 1e-9) == pytest.approx(0.1) and at(6 - 1e-9) == pytest.approx(0.0)
+    whole = SGDR(optimizer_with(1.0), 4, fractional=False)
+    rates = []
+    for epoch in (1, 1.25, 1.99, 2):
+        whole.step(epoch)
+        rates.append(whole.get_last_lr()[0])
+    assert rates[0] == rates[1] == rates[2] > rates[3]
+
+
+def test_sgdr_survives_a_state_dict(tmp_path):
+    """Saved and loaded with weights_only in the middle of a run, it goes on as if nothing had happened."""
+    straight, optimizer = SGDR(optimizer_with(1e-3), 3), optimizer_with(1e-3)
+    first = SGDR(optimizer, 3)
+    for _ in range(5):
+        straight.optimizer.step(), straight.step(), optimizer.step(), first.step()
+    torch.save([first.state_dict(), optimizer.state_dict()], tmp_path / "s.pt")
+    schedule_state, optimizer_state = torch.load(tmp_path / "s.pt", weights_only=True)
+    optimizer = optimizer_with(1e-3)
+    second = SGDR(optimizer, 1)
+    optimizer.load_state_dict(optimizer_state), second.load_state_dict(schedule_state)
+    for _ in range(20):
+        straight.optimizer.step(), straight.step(), optimizer.step(), second.step()
+        assert straight.get_last_lr() == second.get_last_lr() and straight.run == second.run
+
+
+def test_the_alternation_flips_at_a_restart_and_nowhere_else():
+    """alternating: real in even runs, synthetic in odd, over 80 epochs of E_base = 5; the other modes as their table says."""
+    moments = [i / 8 for i in range(640)]
+
+    def sources(**changes):
+        s = dataclasses.replace(train.SMALL, e_base=5.0, dni_warmup=1.0, **changes)
+        schedule, found = train.learning_rate(s, optimizer_with(s.lr)), []
+        for moment in moments:
+            if schedule:
+                schedule.step(moment)
+            found.append(train.gradient_source(s, schedule.run.run if schedule else 0, moment))
+        return found, schedule
+
+    found, schedule = sources(mode="alternating")
+    flips = [moment for a, b, moment in zip(found, found[1:], moments[1:]) if a != b]
+    assert found[0] == "real" and flips == [5, 15, 35, 75] and schedule
+    assert sources(mode="bptt") == (["real"] * 640, None)
+    assert set(sources(mode="restart")[0]) == {"real"} and sources(mode="restart")[1]
+    for changes in (dict(mode="dni"), dict(mode="restart", gradient="synthetic")):
+        found = sources(**changes)[0]
+        assert found == ["real"] * 8 + ["synthetic"] * 632
+
+
+# ------------------------------------------------------------------------------------------------------------- 9. data
+
+COUNTS = {"ptb": (929_589, 73_760, 82_430, 10_000), "wt2": (2_088_628, 217_646, 245_569, 33_278)}
+
+
+@functools.cache
+def canonical(name):
+    if not os.environ.get(data.ENVIRONMENT):
+        pytest.skip(f"{data.ENVIRONMENT} names no folder with the corpora")
+    return data.load_corpus(name)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_the_canonical_corpora(name, capsys):
+    """Tokens and vocabulary as the literature counts them, from files of the recorded SHA-256; PTB's unigram is at 639."""
+    corpus = canonical(name)
+    assert (*(len(getattr(corpus, s)) for s in data.SPLITS), len(corpus.vocabulary)) == COUNTS[name]
+    assert len(set(corpus.vocabulary)) == len(corpus.vocabulary)
+    assert name != "ptb" or round(data.unigram_perplexity(corpus)) == 639
+    assert "not the canonical" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n, B", [(101, 4), (104, 4), (5, 4), (50, 1), (61_139, 20)])
+def test_streams_lose_nothing_but_the_remainder(n, B):
+    """Every target is the token after its input, in every stream; together the streams are the text, in order."""
+    inputs, targets = data.streams(torch.arange(n), B)
+    assert torch.equal(targets, inputs + 1)
+    L = (n - 1) // B
+    assert torch.equal(inputs.t().flatten(), torch.arange(L * B)) and n - 1 - L * B < B
+    with pytest.raises(data.CorpusError, match="too few"):
+        data.streams(torch.arange(4), 4)
+
+
+def test_pydoc_is_english_and_its_splits_are_disjoint():
+    """The embedded corpus is large enough to learn from, and no paragraph of test or valid is in a split before it."""
+    corpus = data.load_corpus("pydoc")
+    assert len(corpus.train) > 40_000 and min(len(corpus.valid), len(corpus.test)) > 4_000
+    assert {"the", "statement", "<eos>", "<unk>"} < set(corpus.vocabulary)
+    spell = lambda split: [p for p in " ".join(corpus.vocabulary[t] for t in split).split(" <eos> ") if "<unk>" not in p and len(p) > 60]  # noqa: E731
+    sets = [set(spell(split)) for split in (corpus.train, corpus.valid, corpus.test)]
+    assert all(len(s) > 5 for s in sets) and not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+def test_recall_reaches_its_floor_only_with_memory():
+    """A reader who knows the rule, scoring the text token by token, pays exactly the closed form; one without memory more."""
+    corpus = data.recall(delay=12, symbols=4, fillers=8, episodes=500)
+    text, period = corpus.train.tolist(), 15
+    assert len(text) == 500 * period + 1
+    nll = forgetful = 0.0
+    for position, token in enumerate(text[1:], 1):
+        where, episode = position % period, position - position % period
+        if where == 0:
+            cost = math.log(4)
+        elif where <= 12:
+            assert 4 <= token < 12
+            cost = math.log(8)
+        elif where == 13:
+            assert corpus.vocabulary[token] == "?"
+            cost = 0.0
+        else:
+            assert token == text[episode]
+            cost, forgetful = 0.0, forgetful + math.log(4)
+        nll += cost
+    predictions = len(text) - 1
+    assert math.isclose(nll / predictions, corpus.floor)
+    assert math.isclose(corpus.facts["perplexity floor"], math.exp(corpus.floor))
+    assert math.isclose(corpus.facts["perplexity without memory"], math.exp((nll + forgetful) / predictions))
+
+
+NAMINGS = ["{}.txt", "ptb.{}.txt", "wiki.{}.tokens"]
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_folders_are_read_under_any_naming(naming, tmp_path):
+    """<eos> ends every line, empty ones inside the text too; words new to valid and test are <unk>."""
+    for split, text in (("train", "a b a\n\nc\n"), ("valid", "a d\n"), ("test", "c c")):
+        (tmp_path / naming.format(split)).write_text(text)
+    corpus = data.load_corpus(str(tmp_path))
+    spell = lambda tokens: " ".join(corpus.vocabulary[t] for t in tokens)                          # noqa: E731
+    assert spell(corpus.train) == "a b a <eos> <eos> c <eos>"
+    assert spell(corpus.valid) == "a <unk> <eos>" and spell(corpus.test) == "c c <eos>"
+
+
+@contextlib.contextmanager
+def web_server(files):
+    """A web server on this machine that answers with `files`, {path: bytes}; a body of None breaks off in the middle."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = files.get(self.path, b"")
+            self.send_response(200 if self.path in files else 404)
+            self.send_header("Content-Length", "1000" if body is None else str(len(body)))
+            self.end_headers()
+            self.wfile.write(body or b"part")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_downloads_are_checked_and_leave_nothing_behind(tmp_path, capsys):
+    """A corrupted, cut-off or missing file is refused in one line that names all mirrors; the next good mirror serves."""
+    good = b"the right text\n" * 9
+    expected, target = hashlib.sha256(good).hexdigest(), tmp_path / "deep" / "train.txt"
+    with web_server({"/good": good, "/bad": good[:-1] + b"!", "/short": None}) as url:
+        with pytest.raises(data.CorpusError) as refusal:
+            data.download([f"{url}/bad", f"{url}/short", f"{url}/missing", "http://127.0.0.1:9/"], target, expected)
+        message = str(refusal.value)
+        assert "\n" not in message and "SHA-256" in message and "--data-dir" in message and str(target) in message
+        assert all(part in message for part in (f"{url}/bad", f"{url}/short", f"{url}/missing", "127.0.0.1:9"))
+        assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+        data.download([f"{url}/bad", f"{url}/good"], target, expected)
+        assert target.read_bytes() == good and list(target.parent.iterdir()) == [target]
+
+
+def test_a_corpus_is_downloaded_once(tmp_path, monkeypatch):
+    """Missing splits come from the mirror, into the data folder; the second time no mirror is asked."""
+    texts = {split: f"the {split} text\n".encode() for split in data.SPLITS}
+    with web_server({f"/{split}": text for split, text in texts.items()}) as url:
+        hashes = {split: hashlib.sha256(text).hexdigest() for split, text in texts.items()}
+        monkeypatch.setitem(data.DOWNLOADS, "ptb", ((url + "/{split}",), hashes))
+        first = data.load_corpus("ptb", tmp_path)
+    again = data.load_corpus("ptb", tmp_path)
+    assert torch.equal(first.test, again.test) and sorted(p.name for p in tmp_path.rglob("*.txt")) == ["test.txt", "train.txt", "valid.txt"]
+
+
+# --------------------------------------------------------------------------------- 10. evaluation and regularisation
+
+def test_perplexity_by_hand():
+    """evaluate = the log-probability of each token given all before it, averaged over the n - 1 predictions, dropout off."""
+    model = LanguageModel(13, 4, 6, 2, dropout_input=0.5, dropout_hidden=0.5, dropout_output=0.5,
+                          dropout_embedding=0.5, dropout_weight=0.5, zoneout=0.5).double()
+    tokens = torch.randint(13, (40,))
+    by_hand = 0.0
+    with torch.no_grad():
+        for i in range(1, 40):                                          # a fresh pass over the whole past for each token
+            logits, _ = model.eval()(tokens[:i, None])
+            by_hand -= logits[-1, 0].softmax(0)[tokens[i]].log().item() / 39
+    for bptt in (1, 7, 39, 200):
+        assert math.isclose(train.evaluate(model.train(), tokens, 1, bptt=bptt), by_hand, rel_tol=1e-12)
+        assert model.training
+    inputs, targets = data.streams(tokens, 3)
+    separately = [train.evaluate(model, torch.cat([inputs[:, b], targets[-1:, b]]), 1) for b in range(3)]
+    assert math.isclose(train.evaluate(model, tokens, 3), sum(separately) / 3, rel_tol=1e-12)
+
+
+def test_locked_dropout_is_constant_in_time():
+    """One mask for all steps of a chunk, another for each stream and each call; values kept are divided by 1 - p."""
+    x = torch.ones(9, 30, 40)
+    y, again = locked_dropout(x, 0.3), locked_dropout(x, 0.3)
+    assert (y == y[:1]).all() and (y[0, 0] != y[0, 1]).any() and (y != again).any()
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()} and abs(y.mean() - 1) < 0.1
+    assert locked_dropout(x, 0.3, training=False) is x
+
+
+def test_embedding_dropout_drops_a_word_everywhere():
+    """A dropped word is zero wherever it stands in the chunk; the share of dropped words is p."""
+    model = LanguageModel(1000, 4, 6, 2, dropout_embedding=0.4)
+    seen = []
+    model.rnn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    tokens = torch.arange(1000).repeat(2).view(100, 20)
+    model.features(tokens)
+    dropped = (seen[0] == 0).all(-1).flatten()
+    assert torch.equal(dropped[:1000], dropped[1000:]) and abs(dropped.float().mean() - 0.4) < 0.06
+
+
+def test_weight_dropout_reaches_the_raw_weight():
+    """The gradient lands on the parameter itself, zero where its weight was dropped and scaled by 1/(1-p) elsewhere."""
+    layer, x = QRNNLayer(5, 4, output_gate=False, weight_dropout=0.5).double(), torch.randn(1, 3, 5, **DOUBLE)
+    torch.manual_seed(7)
+    layer(x)[0].sum().backward()
+    torch.manual_seed(7)
+    mask = F.dropout(torch.ones_like(layer.weight), 0.5)
+    z, f = F.linear(x, layer.weight * mask, layer.bias).chunk(2, -1)
+    expected = torch.autograd.grad(((1 - f.sigmoid()) * z.tanh()).sum(), layer.weight)[0]
+    close(layer.weight.grad, expected)
+    assert 0 < (layer.weight.grad == 0).sum() < layer.weight.numel()
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+
+
+def test_loss_and_its_penalties():
+    """nll is the cross-entropy of forward's logits; the penalties are AWD's two means, on the outputs after and before dropout."""
+    model, tokens, targets = LanguageModel(13, 4, 6, 2).double(), torch.randint(13, (8, 3)), torch.randint(13, (8, 3))
+    nll, penalty, _ = model.loss(tokens, targets, None, 2.0, 3.0)
+    logits, _ = model(tokens)
+    output, raw, _ = model.features(tokens)
+    close(nll, F.cross_entropy(logits.view(-1, 13), targets.view(-1)))
+    squares = sum((h ** 2).mean() for h in output) / 8
+    steps = sum(((b - a) ** 2).mean() for a, b in zip(raw, raw[1:])) / 7
+    close(penalty, 2 * squares + 3 * steps)
+    assert model.loss(tokens[:1], targets[:1], None, 0.0, 3.0)[1] == 0
+    assert model.embedding.weight.shape == (13, 4) and sum(p.shape == (13, 4) for p in model.parameters()) == 1  # tied
+
+
+def test_jitter_covers_the_text():
+    """Chunks follow one another without gap or overlap; with jitter their lengths vary around T and now and then T/2."""
+    for s in (train.SMALL, train.PAPER):
+        borders = list(train.chunk_borders(46_479, s))
+        assert borders[0][0] == 0 and borders[-1][1] == 46_479 and all(a[1] == b[0] for a, b in zip(borders, borders[1:]))
+        lengths = torch.tensor([b - a for a, b in borders[:-1]]).float()
+        assert lengths.unique().numel() == 1 if not s.jitter else (
+            abs(lengths.median() - 200) < 5 and 0.01 < (lengths < 150).float().mean() < 0.12)
+
+
+def test_presets_are_the_papers():
+    """The paper preset has the sizes and regularisers of the paper's section 3, for each corpus."""
+    ptb, out, resume = train.parse(["--preset", "paper", "--data", "ptb"])
+    assert (ptb.hidden_size, ptb.embedding_size, ptb.num_layers, ptb.bptt, ptb.batch_size, ptb.epochs) == (1550, 400, 4, 200, 20, 320)
+    assert (ptb.dropout_output, ptb.dropout_hidden, ptb.dropout_input, ptb.dropout_embedding, ptb.dropout_weight) == (.4, .3, .4, .1, .1)
+    assert (ptb.activation, ptb.temporal, ptb.l2, ptb.clip, ptb.lr, ptb.seed, ptb.e_base) == (2, 1, 1.2e-6, .2, 1e-3, 42, 5)
+    wt2 = train.parse(["--preset", "paper", "--data", "wt2"])[0]
+    assert (wt2.dropout_hidden, wt2.clip) == (0.2, 0.25) and (out, resume) == (None, False)
+
+
+# ------------------------------------------------------------------------------------------- 11. train.py as a program
+
+TINY = ["--hidden-size", "12", "--embedding-size", "8", "--batch-size", "4", "--bptt", "10", "--valid-batch-size", "2",
+        "--dni-hidden", "5", "--device", "cpu"]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with a tiny text: 41 words a line, 30 lines in train."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, n in (("train", 30), ("valid", 4), ("test", 4)):
+        (folder / f"{split}.txt").write_text("".join(" ".join(f"w{(i * i + j) % 23}" for j in range(41)) + "\n" for i in range(n)))
+    return folder
+
+
+def program(*arguments, **options):
+    """train.py as a process of its own."""
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def log_of(folder):
+    """The run's log.csv without its last column, the seconds."""
+    return [line.rsplit(",", 1)[0] for line in (folder / "log.csv").read_text().split()]
+
+
+@pytest.mark.parametrize("mode", [["bptt"], ["dni"], ["restart"], ["restart", "--gradient", "synthetic"], ["alternating"],
+                                  ["alternating", "--dni", "layer"]], ids=" ".join)
+def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
+    """Interrupted between two epochs and resumed, a run logs what the straight run logs, bit for bit, and tests the same."""
+    arguments = ["--data", corpus, "--mode", *mode, *TINY, "--jitter", "--lr", "0.02"]
+    straight = program(*arguments, "--epochs", 4, "--out", tmp_path / "straight")
+    assert straight.returncode == 0, straight.stderr
+    last = straight.stdout.strip().split("\n")[-1]
+    assert re.fullmatch(r"test perplexity \d+\.\d\d", last)
+    rows = [line.split(",") for line in log_of(tmp_path / "straight")[1:]]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    sources = {"alternating": "rssr", "dni": "rsss"}.get(mode[0], "rsss" if "synthetic" in mode else "rrrr")
+    assert "".join(row[2][0] for row in rows) == sources
+    assert (rows[2][6] != "nan") == (sources != "rrrr")                                            # a cosine is logged
+    assert float(rows[-1][5]) < float(rows[0][5])                                                  # it learns
+
+    half = program(*arguments, "--epochs", 2, "--out", tmp_path / "half")
+    assert half.returncode == 0, half.stderr
+    resumed = program("--resume", tmp_path / "half", "--epochs", 4)
+    assert resumed.returncode == 0, resumed.stderr
+    assert log_of(tmp_path / "half") == log_of(tmp_path / "straight")
+    assert resumed.stdout.strip().split("\n")[-1] == last
+    weights = [torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("half", "straight")]
+    assert all(torch.equal(a, b) for a, b in zip(*(w["model"].values() for w in weights)))
+
+
+def test_ctrl_c_ends_cleanly_with_the_best_model_tested(corpus, tmp_path):
+    """SIGINT: the best model is tested, the line before says how to go on, status 130, and --resume does go on."""
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), "--data", str(corpus), *TINY, "--epochs", "100000",
+                                "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("epoch   2"):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "--resume" in out and out.strip().split("\n")[-1].startswith("test perplexity ")
+    epochs = len(log_of(tmp_path / "run")) - 1
+    resumed = program("--resume", tmp_path / "run", "--epochs", epochs + 1)
+    assert resumed.returncode == 0 and len(log_of(tmp_path / "run")) == epochs + 2, resumed.stderr
+
+
+def test_recall_runs_and_prints_its_floor(tmp_path):
+    """The floor stands in the output, beside what was reached."""
+    run = program("--data", "recall", "--mode", "dni", *TINY, "--recall-delay", 15, "--max-steps", 3, "--out", tmp_path / "r")
+    floor = math.exp(data.recall(delay=15).floor)
+    assert run.returncode == 0 and run.stdout.strip().split("\n")[-2] == f"perplexity floor {floor:.4f}", run.stderr
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_real_corpora_train(name, tmp_path):
+    """A few steps on the canonical files, end to end."""
+    canonical(name)
+    run = program("--data", name, *TINY, "--max-steps", 3, "--out", tmp_path / "r")
+    assert run.returncode == 0 and "test perplexity" in run.stdout, run.stderr
+
+
+def test_an_infinite_loss_stops_the_run(corpus, tmp_path):
+    """A learning rate that blows up ends with status 1, naming the step and the last good checkpoint, which is good."""
+    run = program("--data", corpus, "--mode", "bptt", *TINY, "--lr", "1e-2", "--epochs", 2, "--out", tmp_path / "r")
+    assert run.returncode == 0
+    path = tmp_path / "r" / "last.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["decoder_bias"][3] = math.inf
+    torch.save(checkpoint, path)
+    run = program("--resume", tmp_path / "r", "--epochs", 4)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert re.search(r"stopped: step 1 of epoch 3 .*not finite.*last\.pt", run.stderr) and run.stderr.count("\n") == 1
+    assert torch.isfinite(torch.load(tmp_path / "r" / "best.pt", weights_only=True)["model"]["decoder_bias"]).all()
+
+
+def bad_input(*arguments):
+    """Run train.py's command in this process; assert one line on stderr, status 2; return the line."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train.command([str(a) for a in arguments])
+    assert status == 2 and err.getvalue().count("\n") == 1 and err.getvalue().startswith("train.py: error: "), err.getvalue()
+    assert "epoch" not in out.getvalue()                                                           # refused before any work
+    return err.getvalue()
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--hidden-size", "-3"), ("--epochs", "0"), ("--num-layers", "0"), ("--batch-size", "0"), ("--bptt", "0"),
+    ("--dropout-input", "1"), ("--dropout-output", "-0.1"), ("--dropout-weight", "nan"), ("--zoneout", "1.5"), ("--e-base", "0"),
+    ("--e-base", "nan"), ("--lr", "0"), ("--lr", "inf"), ("--clip", "-1"), ("--dni-alpha", "-1"), ("--dni-hidden", "0"),
+    ("--seed", "-1"), ("--max-steps", "-1"), ("--eta-min", "-1"), ("--restarts", "0"), ("--mode", "magic"), ("--data", "klingon"),
+    ("--epochs", "ten"), ("--colour", "red"), ("--data", "/"), ("--recall-delay", "0")])
+def test_impossible_settings(flag, value):
+    """Each ends in one line that names the flag or the value, and status 2."""
+    message = bad_input(flag, value)
+    assert flag in message or value in message
+
+
+def test_bad_files_and_folders(corpus, tmp_path):
+    """Missing, empty, non-UTF-8 and too short texts, folders in use, and devices that are not there."""
+    for device in ("cuda", "mps"):
+        if not {"cuda": torch.cuda, "mps": torch.backends.mps}[device].is_available():
+            assert f"--device {device}" in bad_input("--device", device)
+    assert "less than one chunk of 400" in bad_input("--data", corpus, "--bptt", "400")
+    assert "too few for 5000 streams" in bad_input("--data", corpus, "--valid-batch-size", "5000")
+    in_use = tmp_path / "used"
+    in_use.mkdir()
+    (in_use / "log.csv").write_text("precious")
+    assert "already holds a run" in bad_input("--data", corpus, *TINY, "--out", in_use)
+    assert (in_use / "log.csv").read_text() == "precious"
+    assert bad_input("--data", corpus, *TINY, "--out", corpus / "train.txt" / "run")
+    assert "nothing to resume" in bad_input("--resume", tmp_path / "nowhere")
+    (corpus / "valid.txt").write_bytes(b"caf\xe9\n")
+    assert "not UTF-8" in bad_input("--data", corpus)
+    (corpus / "valid.txt").write_bytes(b"\n\n")
+    assert "holds no words" in bad_input("--data", corpus)
+    (corpus / "valid.txt").unlink()
+    assert "no valid.txt" in bad_input("--data", corpus)
+
+
+def test_a_dead_network(tmp_path, monkeypatch):
+    """No file and no network: one line with the mirrors and the place to put the file; nothing is left in the folder."""
+    monkeypatch.setitem(data.DOWNLOADS, "ptb", (("http://127.0.0.1:9/{split}",), data.DOWNLOADS["ptb"][1]))
+    message = bad_input("--data", "ptb", "--data-dir", tmp_path)
+    assert "127.0.0.1:9" in message and str(tmp_path / "ptb" / "train.txt") in message and not list(tmp_path.iterdir())
+
+
+def test_bad_checkpoints(corpus, tmp_path):
+    """Other settings, another corpus, a damaged file and a pickle with code in it are refused by --resume; nothing is lost."""
+    run = tmp_path / "run"
+    assert program("--data", corpus, *TINY, "--epochs", 1, "--out", run).returncode == 0
+    assert "--hidden-size (was 12, now 13)" in bad_input("--resume", run, "--hidden-size", 13)
+    assert "--epochs" in bad_input("--resume", run)                                                # all epochs are done
+    assert "leave --out" in bad_input("--resume", run, "--out", tmp_path / "other")
+    log, good = (run / "log.csv").read_bytes(), (run / "last.pt").read_bytes()
+    (corpus / "train.txt").write_text((corpus / "train.txt").read_text() + "one two three\n")
+    assert "another model or corpus" in bad_input("--resume", run, "--epochs", 2)
+    for damaged in (good[:100], b"", b"cos\nsystem\n(S'echo no'\ntR."):
+        (run / "last.pt").write_bytes(damaged)
+        assert "cannot be read as a checkpoint" in bad_input("--resume", run, "--epochs", 2)
+    assert (run / "log.csv").read_bytes() == log
+
+
+def test_output_folders_are_never_overwritten(tmp_path, monkeypatch):
+    """Without --out each run gets a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    folders = [str(train.output_folder(None, train.SMALL)) for _ in range(3)]
+    assert folders == [str(Path("runs") / name) for name in ("pydoc-alternating", "pydoc-alternating-2", "pydoc-alternating-3")]
+
+
+@pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])
+def test_each_file_runs_alone(script):
+    """`python FILE` prints a small proof of its idea."""
+    run = subprocess.run([sys.executable, str(HERE / script), *(["pydoc"] if script == "data.py" else [])],
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and len(run.stdout.split("\n")) > 3, run.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- 12. README.md
+
+README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_readme_snippets_run(snippet):
+    """Each Python snippet of the README runs as it stands and prints what its comments say it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert out.getvalue().split("\n")[:-1] == re.findall(r"^print.*?  # (.*)$", snippet, re.M)
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^python train\.py[^#\n]*", README, re.M))))
+def test_readme_commands_parse(line):
+    """Each train.py command of the README is one that train.py understands."""
+    arguments = shlex.split(line)[2:]
+    if "--resume" not in arguments:
+        train.parse(arguments)
