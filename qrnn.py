@@ -197,7 +197,7 @@ class DecoderLoss(torch.autograd.Function):
         x16, weight16, bias16 = x.to(product), weight.to(product), bias.to(product)
         needs_grad = any(ctx.needs_input_grad)
         nll, dx, dw, db = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        rows = max(1, 2 ** 22 // len(weight))                                                      # 16 MB of float32
+        rows = max(1, 2 ** 21 // len(weight))                                                      # 8 MB of float32
         for block in (slice(i, i + rows) for i in range(0, len(x), rows)):
             y = target[block, None]                                                                # (rows, 1)
             log_p = F.linear(x16[block], weight16, bias16).to(x.dtype).log_softmax(-1)             # (rows, V)

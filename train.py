@@ -65,16 +65,16 @@ class Settings:
     embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)")
     hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)")
     num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)")
-    dropout_output: float = setting(0.3, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.1)")
+    dropout_output: float = setting(0.4, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.1)")
     dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.1)")
     dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.1)")
-    dropout_embedding: float = setting(0.0, "of whole words from the embedding; the paper: 0.1 (AWD 4.3)")
+    dropout_embedding: float = setting(0.1, "of whole words from the embedding; the paper: 0.1 (AWD 4.3)")
     dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)")
     zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)")
     activation: float = setting(2.0, "weight of activation regularisation, alpha in AWD 4.3")
     temporal: float = setting(1.0, "weight of temporal activation regularisation, beta in AWD 4.3")
     # optimisation
-    lr: float = setting(3e-3, "Adam's learning rate; with restarts, the one each run begins with; the paper: 1e-3 (3)")
+    lr: float = setting(2e-3, "Adam's learning rate; with restarts, the one each run begins with; the paper: 1e-3 (3)")
     l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD 4.1)")
     clip: float = setting(0.25, "largest norm of the model's gradient; the paper: 0.2 on PTB, 0.25 on WT2")
     batch_size: int = setting(20, "B, parallel streams of training text (3)")
@@ -136,39 +136,37 @@ def parse(argv):
     """Command line -> (settings, output folder or None, whether to resume from it)."""
     parser = Parser(prog="train.py", description="Train a QRNN language model with real, synthetic or alternating gradients.",
                     formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=("small", "paper"), default="small",
-                        help="small: two CPU cores; paper: the paper's size and settings for the corpus")
+    parser.add_argument("--preset", choices=("small", "paper"),
+                        help="small, the default: two CPU cores; paper: the paper's size and settings for the corpus")
     parser.add_argument("--out", metavar="FOLDER", help="where log.csv and the checkpoints go; default runs/DATA-MODE")
     parser.add_argument("--resume", metavar="FOLDER",
                         help=f"go on with the run in FOLDER, with its settings; may be changed: {', '.join(sorted(MAY_CHANGE))}")
-    kinds = {"int": int, "float": float, "str": str, "tuple[float, ...]": float}
     for f in dataclasses.fields(Settings):
-        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         options = dict(dest=f.name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(f.default, tuple):
             options.update(type=float, nargs="*", metavar="X")
+        elif f.metadata["choices"]:
+            options["choices"] = f.metadata["choices"]
         else:
-            options.update(type=kinds[kind], choices=f.metadata["choices"])
-            if not f.metadata["choices"]:
-                options["metavar"] = {"int": "N", "float": "X", "str": "NAME"}[kind]
+            options.update(type=f.type, metavar={int: "N", float: "X", str: "NAME"}[f.type])
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
     given = vars(parser.parse_args(argv))
     preset, out, resume = given.pop("preset"), given.pop("out"), given.pop("resume")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if resume:
-        if out or "--preset" in argv:
+        if out or preset:
             raise UserError("--resume goes on in its own folder with its own settings: leave --out and --preset away")
         before = read_checkpoint(Path(resume) / "last.pt")["settings"]
-        changed = [f"--{name.replace('_', '-')} (was {before[name]}, now {value})" for name, value in given.items()
+        changed = [f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})" for name, value in given.items()
                    if name not in MAY_CHANGE and before.get(name) != value]
         if changed:
             raise UserError(f"{resume} holds a run with other settings: {', '.join(changed)}; start a new run instead")
-        settings = Settings(**{**before, **given})
+        settings = dataclasses.replace(SMALL, **{**before, **given})
     else:
-        base = SMALL if preset == "small" else PAPER_WT2 if given.get("data") == "wt2" else PAPER
+        base = {"paper": PAPER_WT2 if given.get("data") == "wt2" else PAPER}.get(preset, SMALL)
         settings = dataclasses.replace(base, **given)
     check(settings)
     return settings, Path(resume or out) if resume or out else None, bool(resume)
@@ -369,12 +367,17 @@ def save(content, path):
 
 
 def read_checkpoint(path, device="cpu"):
+    """What `save` wrote, as plain numbers and tensors: nothing in the file can run code. UserError where it is not that."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is not there: nothing to resume") from None
     except Exception as error:                                             # torch.load raises half a dozen kinds
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if not isinstance(content, dict) or not set(content.get("settings", [None])) <= known:
+        raise UserError(f"{path} is not a checkpoint of this version of train.py")
+    return content
 
 
 def restore(parts, checkpoint, path):
