@@ -749,6 +749,36 @@ def test_jitter_covers_the_text():
             abs(lengths.median() - 200) < 5 and 0.01 < (lengths < 150).float().mean() < 0.12)
 
 
+def epoch_of(**changes):
+    """One train_epoch on a tiny text. Returns (optimizer, schedule, [(T of the chunk, rate of the schedule, rate used)])."""
+    s = dataclasses.replace(train.SMALL, embedding_size=8, hidden_size=12, bptt=20, **changes)
+    model, optimizer, interface = train.build(s, 30, "cpu")
+    schedule, stops, used = train.learning_rate(s, optimizer), [0], []
+    optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    rates = []
+    inputs, targets = data.streams(torch.arange(1601) % 29, 4)
+    train.train_epoch(0, 0, model, optimizer, schedule, interface, inputs, targets, s, torch.float32,
+                      progress=lambda *a: (stops.append(a[-1]), rates.append(a[4])))
+    return optimizer, schedule, list(zip([b - a for a, b in zip(stops, stops[1:])], rates, used, strict=True))
+
+
+def test_the_rate_follows_the_chunk_and_the_cosine():
+    """With jitter the rate used is the scheduled one times T / bptt, without it the scheduled one, which falls each step."""
+    chunks = epoch_of(mode="bptt", jitter=True)[2]
+    assert len({steps for steps, *_ in chunks}) > 3
+    assert all(rate == train.SMALL.lr and used == pytest.approx(rate * steps / 20) for steps, rate, used in chunks)
+    chunks = epoch_of(mode="restart")[2]
+    assert [rate for _, rate, _ in chunks] == [used for *_, used in chunks]
+    assert [rate for _, rate, _ in chunks] == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
+
+
+def test_adam_forgets_at_a_restart_only_when_asked():
+    """20 steps with a restart at the tenth: Adam has counted 10 with --reset-optimizer, 20 without."""
+    for reset, steps in ((True, 10), (False, 20)):
+        optimizer, schedule, _ = epoch_of(mode="restart", restarts=(0.5,), reset_optimizer=reset)
+        assert {int(state["step"]) for state in optimizer.state.values()} == {steps} and schedule.run.run == 1
+
+
 def test_presets_are_the_papers():
     """The paper preset has the sizes and regularisers of the paper's section 3, for each corpus."""
     ptb, out, resume = train.parse(["--preset", "paper", "--data", "ptb"])
