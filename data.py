@@ -11,7 +11,7 @@ Glossary
     inputs       (L, B)     B streams of L = (n - 1) // B tokens, side by side; column b is one contiguous piece of text
     targets      (L, B)     the next token of each input, also across the end of a stream: no prediction is lost but the
                             remainder, fewer than B
-    floor        nats       the entropy rate of `recall`: no model can do better
+    floor        nats       the entropy rate of `recall`: no model can do better; facts holds it as a perplexity
 
 Corpora, by name
     pydoc     the English of Python's reference manual (pydoc_data.topics): needs no file and no network
@@ -52,8 +52,10 @@ DOWNLOADS = {
         "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
         "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}),
 }
-FOLDERS = {"ptb": ("ptb", "penn", "."), "wt2": ("wt2", "wikitext-2", ".")}                         # looked into, in order
 NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
+PLACES = {"ptb": ("ptb/{split}.txt", "ptb/ptb.{split}.txt", "ptb.{split}.txt"),                    # in the data folder
+          "wt2": ("wt2/{split}.txt", "wikitext-2/{split}.txt", "wt2/wiki.{split}.tokens", "wikitext-2/wiki.{split}.tokens",
+                  "wiki.{split}.tokens")}
 
 
 class CorpusError(ValueError):
@@ -67,8 +69,14 @@ class Corpus:
     train: torch.Tensor               # (n,) of int64
     valid: torch.Tensor
     test: torch.Tensor
-    floor: float = None               # nats a token, where it is known
-    facts: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)                 # known perplexities by name, of `recall`
+
+    def fingerprint(self):
+        """A short hash of the vocabulary and all tokens: the same for the same corpus, and for no other."""
+        digest = hashlib.sha256("\n".join(self.vocabulary).encode())
+        for split in SPLITS:
+            digest.update(getattr(self, split).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load_corpus(name, data_dir=None, **recall_options):
@@ -83,8 +91,9 @@ def load_corpus(name, data_dir=None, **recall_options):
     if name in DOWNLOADS:
         return from_lines(name, {split: lines(path) for split, path in find_or_download(name, data_dir).items()})
     if Path(name).is_dir():
-        paths = find_files([Path(name)])
-        missing = [f"{split}.txt" for split in SPLITS if split not in paths]
+        paths = {split: next((p for p in (Path(name, n.format(split=split)) for n in NAMES) if p.is_file()), None)
+                 for split in SPLITS}
+        missing = [f"{split}.txt" for split in SPLITS if not paths[split]]
         if missing:
             raise CorpusError(f"{name} has no {' and no '.join(missing)}; a corpus folder holds train.txt, valid.txt and test.txt")
         return from_lines(Path(name).resolve().name, {split: lines(paths[split]) for split in SPLITS})
@@ -96,7 +105,7 @@ def load_corpus(name, data_dir=None, **recall_options):
 def lines(path):
     """The lines of a UTF-8 file, each a list of words. Raises CorpusError where it is unreadable, not UTF-8 or empty."""
     try:
-        text = [line.split() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        text = [line.split() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
     except OSError as error:
@@ -141,28 +150,25 @@ def streams(tokens, batch_size):
 
 # ------------------------------------------------------------------------------------------------- files and downloads
 
-def find_files(folders):
-    """{split: path} of the splits that lie in the first folder to have any, under any of the usual names."""
-    for folder in folders:
-        found = {split: path for split in SPLITS for path in [folder / n.format(split=split) for n in NAMES][::-1]
-                 if path.is_file()}
-        if found:
-            return found
-    return {}
-
-
 def find_or_download(name, data_dir=None):
-    """{split: path} of ptb or wt2; missing files are downloaded into data_dir, $QRNN_DATA or ./corpora beside this file."""
+    """{split: path} of ptb or wt2; missing files are downloaded into data_dir, $QRNN_DATA or ./corpora beside this file.
+
+    A file of the right SHA-256 is taken wherever it lies, in a folder of the corpus's name or in the data folder itself;
+    another one only where its place names the corpus, with a note.
+    """
     root = Path(data_dir or os.environ.get(ENVIRONMENT) or HERE / "corpora")
     mirrors, hashes = DOWNLOADS[name]
-    paths = find_files([root / folder for folder in FOLDERS[name]])
+    paths = {}
     for split in SPLITS:
-        if split not in paths:
-            paths[split] = root / name / f"{split}.txt"
+        there = [p for p in (root / place.format(split=split) for place in (*PLACES[name], "{split}.txt")) if p.is_file()]
+        exact = [p for p in there if sha256(p) == hashes[split]]
+        named = [p for p in there if p != root / f"{split}.txt"]
+        paths[split] = (exact + named + [root / name / f"{split}.txt"])[0]
+        if not exact and named:
+            print(f"note: {named[0]} is not the canonical file, so its perplexities compare with nobody's", file=sys.stderr)
+        elif not exact:
             download([m.format(split=split) for m in mirrors], paths[split], hashes[split])
-        elif sha256(paths[split]) != hashes[split]:
-            print(f"note: {paths[split]} is not the canonical file, so its perplexities compare with nobody's", file=sys.stderr)
-    return {split: paths[split] for split in SPLITS}
+    return paths
 
 
 def sha256(path):
@@ -173,7 +179,7 @@ def sha256(path):
 
 
 def download(mirrors, path, expected, timeout=30):
-    """Fetch the first mirror that has a file of the SHA-256 `expected` to `path`; nothing is left behind on failure.
+    """Fetch the first mirror that has a file of the SHA-256 `expected` to `path`; no file is left behind on failure.
 
     mirrors: URLs. timeout: seconds without an answer. Raises CorpusError naming the file, the mirrors and the way out.
     """
@@ -223,8 +229,9 @@ def pydoc():
         chosen[max(lack, key=lack.get)].append(topic)                                              # split that lacks most
     splits, seen = {}, set()
     for split in ("test", "valid", "train"):
-        splits[split] = [p for topic in chosen[split] for p in paragraphs[topic]
-                         if len(p) > 3 and tuple(p) not in seen and not seen.add(tuple(p))]
+        unique = dict.fromkeys(tuple(p) for topic in chosen[split] for p in paragraphs[topic] if len(p) > 3)
+        splits[split] = [p for p in unique if p not in seen]
+        seen |= set(unique)
     return from_lines("pydoc", splits, min_count=2)
 
 
@@ -251,7 +258,7 @@ def recall(delay=80, symbols=4, fillers=8, episodes=2000, seed=0):
         return torch.from_numpy(np.append(text, text[0]))           # one more, so that n (delay + 3) targets are complete
 
     floor = (math.log(symbols) + delay * math.log(fillers)) / (delay + 3)
-    return Corpus("recall", vocabulary, split(episodes), split(episodes // 10), split(episodes // 10), floor,
+    return Corpus("recall", vocabulary, split(episodes), split(episodes // 10), split(episodes // 10),
                   {"perplexity floor": math.exp(floor),
                    "perplexity without memory": math.exp(floor + math.log(symbols) / (delay + 3))})
 

@@ -12,13 +12,17 @@ Glossary
     name       symbol        shape               meaning
     state      s_k           [(B, H_l)] a layer  the recurrent states c at border k, on entering chunk k
     neurons    N             -                   scalars in s_k: B * sum over layers of H_l
-    target     delta_k       as s_k              d(future loss)/ds_k, of which chunk k gives the first T steps
+    target     delta_k       as s_k              dL_k/ds_k + (ds_{k+1}/ds_k)^T alpha delta^_{k+1}: T true steps of the
+                                                 future gradient and, for the rest, g's own word
     synthetic  delta^_k      as s_k              g(s_k, h_g; phi), the prediction of delta_k
-    memory     h_g           (N, 50)             g's own recurrent state: one row for each neuron of each stream
-    scale      alpha         -                   trust in the prediction when it is injected
+    memory     h_g           ((N, 50), x_prev)   g's own recurrent state, as QRNNLayer has it: one row for each neuron of
+                                                 each stream
+    scale      alpha         -                   factor on a prediction where it is injected, and so, through the target,
+                                                 g's discount a chunk: delta is the gradient of the whole future for 1
 
-Units: the gradient of ONE STREAM'S SUMMED LOSS in nats, not of the mean over T B tokens that the model minimises.
-Means make targets of order 1e-6, where Adam's epsilon drowns the learning of g. `inject` divides by T B.
+Units: targets are T B times the gradient of what a chunk minimises, a mean over T B tokens. That is the gradient of ONE
+STREAM'S SUMMED LOSS; the mean's own are so small that Adam's epsilon would drown g's learning. Whoever calls `inject`
+divides by T B again.
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
@@ -39,10 +43,10 @@ class NeuronDNI(nn.Module):
 
     The neurons of all layers and streams are g's BATCH; its time is the count of borders. So each neuron has its own
     memory, and the number of parameters knows nothing of how many neurons there are.
-    (Departure: the authors' code runs g's recurrence ACROSS the neurons, as one sequence of N; README, deviation 1.)
+    (Departure: the authors' code runs g's recurrence ACROSS the neurons, as one sequence of N; README, deviation 1. Nor is there a gradient through h_g from one border to the next, here: deviation 6.)
 
     hidden_size: 50. window, zoneout: of g's QRNN layer. noise: g sees s * (1 + noise * N(0, 1)) while in training mode.
-    last_layer: bound b of the last layer's U(-b, b); 0 makes the first synthetic gradients exactly zero (DNI, section 4).
+    last_layer: bound b of the last layer's U(-b, b); 0 makes the first synthetic gradients exactly zero, after DNI.
     """
 
     def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0):
@@ -68,7 +72,7 @@ class NeuronDNI(nn.Module):
 
 
 class LayerDNI(nn.Module):
-    """The layer-wise interface of DNI, section 2.2, as the control: from the whole state of a layer to its whole gradient.
+    """The layer-wise interface of DNI, section 2.1, as the control: from the whole state of a layer to its whole gradient.
 
     One MLP H_l -> 50 -> 50 -> H_l a layer; streams are the batch; no memory. sizes: H_l of each layer.
     Knows which neuron is which, and pays for it in parameters: about 100 H_l a layer.
@@ -91,6 +95,7 @@ class LayerDNI(nn.Module):
 
 
 def start_last_layer(linear, bound):
+    """Weights and bias from U(-bound, bound)."""
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.uniform_(linear.bias, -bound, bound)
 
@@ -127,6 +132,7 @@ def regress(optimizer, predicted, target):
 
 
 def joined(tensors):
+    """A list of tensors as one vector of all their N numbers."""
     return torch.cat([t.flatten() for t in tensors])                                               # (N,)
 
 
@@ -141,6 +147,7 @@ class Agreement:
         self.sums = 0.0
 
     def update(self, predicted, target):
+        """Take in the predictions and targets of one border, lists of tensors of the same shapes."""
         p, t = joined(predicted).detach().float(), joined(target).detach().float()
         self.sums = self.sums + torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])             # stays on the device
 
@@ -148,7 +155,7 @@ class Agreement:
         """(cosine, R^2) as floats; nan where nothing, or nothing but zeros, was seen."""
         if isinstance(self.sums, float):
             return float("nan"), float("nan")
-        pt, pp, tt, error = self.sums.double().cpu().unbind()
+        pt, pp, tt, error = self.sums.cpu().double().unbind()
         return (pt / (pp * tt).sqrt()).item(), (1 - error / tt).item()
 
 

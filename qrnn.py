@@ -68,7 +68,7 @@ class Pool(torch.autograd.Function):
         c[0] = c0
         c_t = c.unbind()
         for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
-            torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                                           # z + f (c - z)
+            torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                                           # f c + (1 - f) z
         ctx.save_for_backward(f, z, c)
         return c[1:]
 
@@ -119,13 +119,16 @@ class QRNNLayer(nn.Module):
     def forward(self, x, state=None):
         """x: (T, B, I), T >= 1; state: (c (B, H), x_prev (k-1, B, I)), or None for zeros.
 
-        Returns the output (T, B, H) and the state after step T. Raises ValueError where x has another shape.
+        Returns the output (T, B, H) and the state after step T. Raises ValueError where x or state has another shape.
         """
         if x.dim() != 3 or x.shape[-1] != self.input_size or len(x) == 0:
             raise ValueError(f"expected an input of shape (T >= 1, B, {self.input_size}), got {tuple(x.shape)}")
         if state is None:
             state = x.new_zeros(x.shape[1], self.hidden_size), x.new_zeros(self.window - 1, x.shape[1], x.shape[2])
         c0, x_prev = state
+        expected = (x.shape[1], self.hidden_size), (self.window - 1, x.shape[1], self.input_size)
+        if (tuple(c0.shape), tuple(x_prev.shape)) != expected:
+            raise ValueError(f"expected a state (c, x_prev) of shapes {expected}, got {tuple(c0.shape)}, {tuple(x_prev.shape)}")
         inputs = torch.cat([x_prev, x]) if self.window > 1 else x                                  # (k-1 + T, B, I)
         windows = torch.cat([inputs[i:i + len(x)] for i in range(self.window)], -1)                # (T, B, kI)
 
@@ -143,14 +146,15 @@ class QRNNLayer(nn.Module):
 
 
 def locked_dropout(x, p, training=True):
-    """Dropout with one mask for all time steps of the chunk (AWD, section 4.1). x: (T, B, H), same shape out."""
+    """Dropout with one mask for all time steps of the chunk (AWD, section 4.2). x: (T, B, H), same shape out."""
     return x * F.dropout(torch.ones_like(x[:1]), p) if training and p else x                       # mask (1, B, H)
 
 
 class QRNN(nn.Module):
     """A stack of QRNN layers with the calling conventions of torch.nn.LSTM.
 
-    input_size: I. hidden_size: H, or a list with one size a layer. num_layers: as nn.LSTM.
+    input_size: I. hidden_size: H of each of num_layers layers, or a list with one size a layer, which num_layers then
+    has no say in. Raises ValueError where sizes and windows do not match.
     window: k of every layer, or a list with one a layer.
     batch_first: input and output are (B, T, .) rather than (T, B, .); the state is not affected, as in nn.LSTM.
     dropout: between layers, not after the last. Unlike nn.LSTM's the mask is locked over time.
@@ -187,16 +191,17 @@ class DecoderLoss(torch.autograd.Function):
     """mean cross-entropy of softmax(x W^T + b), a block of rows at a time, so that no (n, V) matrix outlives its block.
 
     With l_i the logits of row i and y_i its target, nll = mean_i(logsumexp(l_i) - l_i[y_i]), whose gradient needs no
-    second pass: dnll/dl_i = (softmax(l_i) - onehot(y_i)) / n. It is pushed into dx, dW and db while the block is there.
+    second pass: dnll/dl_i = (softmax(l_i) - onehot(y_i)) / n. So forward makes dx, dW and db too, while a block's softmax
+    is there, and backward only scales them. A saving of memory and time, not part of the paper.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target):
+    def forward(ctx, x, weight, bias, target, needs_grad):
         device = x.device.type
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x16, weight16, bias16 = x.to(product), weight.to(product), bias.to(product)
-        needs_grad = any(ctx.needs_input_grad)
-        nll, dx, dw, db = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        nll = x.new_zeros(())
+        dx, dw, db = (torch.zeros_like(a) if needs_grad else None for a in (x, weight, bias))
         rows = max(1, 2 ** 21 // len(weight))                                                      # 8 MB of float32
         for block in (slice(i, i + rows) for i in range(0, len(x), rows)):
             y = target[block, None]                                                                # (rows, 1)
@@ -216,7 +221,7 @@ class DecoderLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, db = ctx.saved_tensors
         grad = grad / len(dx)
-        return dx * grad, dw * grad, db * grad, None
+        return dx * grad, dw * grad, db * grad, None, None
 
 
 def decoder_loss(x, weight, bias, target):
@@ -224,7 +229,7 @@ def decoder_loss(x, weight, bias, target):
 
     x: (n, E), weight: (V, E), bias: (V,), target: (n,) of int64. A scalar. First derivatives only.
     """
-    return DecoderLoss.apply(x, weight, bias, target)
+    return DecoderLoss.apply(x, weight, bias, target, torch.is_grad_enabled())
 
 
 class LanguageModel(nn.Module):
@@ -240,7 +245,7 @@ class LanguageModel(nn.Module):
                  dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0, dropout_weight=0.0, zoneout=0.0):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_size)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)                                         # AWD, section 4.1
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)                                         # AWD, section 5
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary))
         self.rnn = QRNN(embedding_size, [hidden_size] * (num_layers - 1) + [embedding_size],
                         window=[2] + [1] * (num_layers - 1), dropout=dropout_hidden,
@@ -263,10 +268,11 @@ class LanguageModel(nn.Module):
         return F.linear(output, self.embedding.weight, self.decoder_bias), state
 
     def loss(self, tokens, targets, state=None, activation=0.0, temporal=0.0):
-        """tokens, targets: (T, B). Returns (nll, penalty, state); both losses are scalars, means over the T B tokens.
+        """tokens, targets: (T, B). Returns (nll, penalty, state); nll is a scalar, the mean over the T B tokens.
 
-        nll is the cross-entropy in nats. penalty is AWD's, section 4.3: activation * mean(h'^2) on the output after
-        dropout plus temporal * mean((h_{t+1} - h_t)^2) on the output before it. Training minimises nll + penalty.
+        nll is the cross-entropy in nats. penalty is AWD's, section 4.6: activation * mean(h'^2) on the output after
+        dropout plus temporal * mean((h_{t+1} - h_t)^2) on the output before it, means over all their numbers. Training
+        minimises nll + penalty.
         """
         output, raw, state = self.features(tokens, state)
         nll = decoder_loss(output.flatten(0, 1), self.embedding.weight, self.decoder_bias, targets.flatten())

@@ -23,6 +23,7 @@ Run `python sgdr.py` to see the schedule of the paper.
 import math
 from typing import NamedTuple
 
+import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 
@@ -46,14 +47,12 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     borders = [0, *restarts]
     if any(later <= earlier for earlier, later in zip(borders, borders[1:])):
         raise ValueError(f"restarts must rise from above 0, got {tuple(restarts)}")
-    lengths = [later - earlier for earlier, later in zip(borders, borders[1:])] or [base]
-    i, start = 0, 0
-    while epoch >= start + lengths[min(i, len(lengths) - 1)]:
-        start += lengths[min(i, len(lengths) - 1)]
-        i += 1
-        if not restarts:
-            lengths.append(lengths[-1] * mult)
-    return Run(i, epoch - start, lengths[min(i, len(lengths) - 1)])
+    given = [later - earlier for earlier, later in zip(borders, borders[1:])]
+    i, start, length = 0, 0, given[0] if given else base
+    while epoch >= start + length:
+        start, i = start + length, i + 1
+        length = per_run(given, i) if given else length * mult
+    return Run(i, epoch - start, length)
 
 
 class SGDR(LRScheduler):
@@ -108,8 +107,9 @@ def per_run(bound, i):
 
 if __name__ == "__main__":
     print("E_base = 5, eta from 1e-3 to 0; one line an epoch")
+    schedule = SGDR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), base=5)
     for epoch in range(36):
-        i, elapsed, length = run_at(epoch, base=5)
-        eta = 1e-3 * (1 + math.cos(math.pi * elapsed / length)) / 2
+        schedule.step(epoch)
+        (i, elapsed, length), [eta] = schedule.run, schedule.get_last_lr()
         gradient = "synthetic" if i % 2 else "real"
-        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  {'#' * round(eta * 5e4)}")
+        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2d} of {length:2d} epochs  {eta:.6f}  {'#' * round(eta * 5e4)}")

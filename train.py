@@ -2,10 +2,10 @@
 
 Paper
     Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling". A source in the settings
-    below is a section of that paper, or AWD (arXiv 1708.02182), QRNN (1611.01576), DNI (1608.05343), SGDR (1608.03983),
+    below is a section of that paper, or of AWD (arXiv 1708.02182), QRNN (1611.01576), DNI (1608.05343), SGDR (1608.03983),
     or "authors' code" where the code published with the paper differs from its text.
 
-The four modes decide two things only, and both in `gradient_source` and `learning_rate` below:
+The four modes decide two things only, and both in `gradient_source` and `make_schedule` below:
 
     mode           what crosses the border between two chunks            learning rate
     bptt           nothing: truncated backpropagation through time       constant
@@ -17,7 +17,7 @@ Glossary
     name       symbol     shape          meaning
     chunk      -          (T, B) twice   inputs and targets, T steps of B streams
     state      s_k        a pair a layer the QRNN's state on entering chunk k; its c's are leaves that require grad
-    memory     h_g        (N, 50)        the DNI's own state
+    memory     h_g        ((N, 50), ..)  the DNI's own state, zero at the beginning of an epoch as s_0 is
     predicted  delta^_k   as s_k         what g says the gradient of s_k will be
     target     delta_k    as s_k         what it turned out to be, bootstrapped
     run        i          -              between two restarts
@@ -28,11 +28,13 @@ Run `python train.py` with no argument for the small alternating run on the corp
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,7 +45,7 @@ import torch
 from data import CorpusError, load_corpus, streams, unigram_perplexity
 from dni import Agreement, LayerDNI, NeuronDNI, inject, regress
 from qrnn import LanguageModel
-from sgdr import SGDR
+from sgdr import SGDR, per_run
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
@@ -65,17 +67,17 @@ class Settings:
     embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)")
     hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)")
     num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)")
-    dropout_output: float = setting(0.4, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.1)")
-    dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.1)")
-    dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.1)")
+    dropout_output: float = setting(0.4, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.2)")
+    dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.2)")
+    dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.2)")
     dropout_embedding: float = setting(0.0, "of whole words from the embedding; the paper: 0.1 (AWD 4.3)")
     dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)")
     zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)")
-    activation: float = setting(2.0, "weight of activation regularisation, alpha in AWD 4.3")
-    temporal: float = setting(1.0, "weight of temporal activation regularisation, beta in AWD 4.3")
+    activation: float = setting(2.0, "weight of activation regularisation, alpha in AWD 4.6")
+    temporal: float = setting(1.0, "weight of temporal activation regularisation, beta in AWD 4.6")
     # optimisation
     lr: float = setting(3e-3, "Adam's learning rate; with restarts, the one each run begins with; the paper: 1e-3 (3)")
-    l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD 4.1)")
+    l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD's code)")
     clip: float = setting(0.25, "largest norm of the model's gradient; the paper: 0.2 on PTB, 0.25 on WT2")
     batch_size: int = setting(20, "B, parallel streams of training text (3)")
     bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)")
@@ -89,12 +91,12 @@ class Settings:
     sgdr_step: str = setting("batch", "E_cur moves with each batch, or each epoch (authors' code)", ("batch", "epoch"))
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
     # the interface
-    dni_alpha: float = setting(0.1, "alpha, factor on injected gradients; authors' code: 0.1, the paper's text: 1")
+    dni_alpha: float = setting(0.1, "alpha, factor on injected gradients; authors' code: 0.1, the paper's Eq. 1 has none: 1")
     dni_hidden: int = setting(50, "neurons of g (2.2)")
     dni_lr: float = setting(1e-3, "Adam's learning rate for g")
     dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6")
-    dni_window: int = setting(1, "window of g's QRNN layer; authors' code: 2")
-    dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer; authors' code: 0.1")
+    dni_window: int = setting(1, "window of g's QRNN layer, neuron-wise only; authors' code: 2")
+    dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer, neuron-wise only; authors' code: 0.1")
     dni_noise: float = setting(0.0, "standard deviation of multiplicative noise on g's input; authors' code: 0.5")
     dni_last_layer: float = setting(0.0, "g's last layer starts in U(-b, b), 0 after DNI; authors' code: 0.1")
     dni_warmup: float = setting(1.0, "epochs in which g learns before it is used, in modes dni and restart (authors' code)")
@@ -156,7 +158,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     preset, out, resume = given.pop("preset"), given.pop("out"), given.pop("resume")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if resume:
+    if resume is not None:
         if out or preset:
             raise UserError("--resume goes on in its own folder with its own settings: leave --out and --preset away")
         before = read_checkpoint(Path(resume) / "last.pt")["settings"]
@@ -168,12 +170,15 @@ def parse(argv):
     else:
         base = {"paper": PAPER_WT2 if given.get("data") == "wt2" else PAPER}.get(preset, SMALL)
         settings = dataclasses.replace(base, **given)
-    check(settings)
-    return settings, Path(resume or out) if resume or out else None, bool(resume)
+    check(settings, given)
+    if Path(settings.data).is_dir() and settings.data not in ("pydoc", "ptb", "wt2", "recall"):
+        settings = dataclasses.replace(settings, data=str(Path(settings.data).resolve()))          # to resume from anywhere
+    folder = out if resume is None else resume
+    return settings, None if folder is None else Path(folder), resume is not None
 
 
-def check(s):
-    """Raise UserError for a setting that cannot be."""
+def check(s, given=()):
+    """Raise UserError for a setting that cannot be, or that was given and has no effect in its mode."""
     def need(holds, name, what):
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} must be {what}, got {getattr(s, name)}")
@@ -192,7 +197,17 @@ def check(s):
     for name in ("eta_min", "eta_max"):
         need(all(0 <= x < math.inf for x in getattr(s, name)), name, "0 or more")
     need(s.eta_min, "eta_min", "at least one number")
-    need(all(b > a for a, b in zip((0, *s.restarts), s.restarts)), "restarts", "rising epochs above 0")
+    for i in range(max(len(s.eta_min), len(s.eta_max))):
+        need(per_run(s.eta_min, i) <= per_run(s.eta_max or s.lr, i), "eta_min", f"at most the rate run {i} begins with")
+    need(all(a < b < math.inf for a, b in zip((0, *s.restarts), s.restarts)), "restarts", "rising epochs above 0")
+    for names, effective, where in (
+            (("gradient",), s.mode == "restart", "--mode restart"),
+            (("e_base", "restarts", "eta_min", "eta_max", "sgdr_step", "reset_optimizer"), s.mode in SGDR_MODES,
+             "--mode restart or alternating"),
+            (("dni_window", "dni_zoneout"), s.dni == "neuron", "--dni neuron")):
+        for name in names:
+            if name in given and not effective:
+                raise UserError(f"--{name.replace('_', '-')} has an effect with {where} only")
 
 
 # ------------------------------------------------------------------------------------------- what the mode decides
@@ -215,7 +230,7 @@ def gradient_source(settings, run, epoch):
     return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
 
 
-def learning_rate(settings, optimizer):
+def make_schedule(settings, optimizer):
     """The SGDR schedule of the modes with restarts, None for those with a constant rate."""
     if settings.mode not in SGDR_MODES:
         return None
@@ -237,8 +252,11 @@ def border(state):
 
 
 def cut(state):
-    """The state as the next chunk gets it: same values, no history; the c's are leaves that collect a gradient."""
-    return [(c.detach().requires_grad_(), x_prev.detach()) for c, x_prev in state]
+    """The state as the next chunk gets it: same values, no history; the c's are leaves that collect a gradient.
+
+    (A copy, lest the views c_T and x_T keep the whole chunk's buffers alive.)
+    """
+    return [(c.detach().clone().requires_grad_(), x_prev.detach().clone()) for c, x_prev in state]
 
 
 def train_step(model, optimizer, interface, inputs, targets, state, memory, synthetic, settings, product=torch.float32):
@@ -248,14 +266,16 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
     interface: None where no g is to be trained. synthetic: whether g's gradient crosses the border ahead.
     product: the type of matrix products. Raises NotFinite before the weights are touched.
     """
-    T_B, predicted, mixed = inputs.numel(), None, torch.autocast(inputs.device.type, product, product != torch.float32)
+    T_B = inputs.numel()
+    mixed = torch.autocast(inputs.device.type, product, product != torch.float32)
+    predicted = None
 
     # 1. forward:  L_k, s_{k+1} = model(chunk_k, s_k)
     with mixed:
         nll, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
 
     # 2. synthesise:  delta^_{k+1} = g(s_{k+1}, h_g; phi), without a graph. h_g has to see s_k first; that forward,
-    #    which has a graph, is the prediction delta^_k that step 4 corrects.
+    #    which has a graph, is the prediction delta^_k that step 4 corrects. g learns one border at a time: h_g is detached.
     with mixed:
         if interface and state:
             predicted, memory = interface.g([c.detach() for c in border(state)], memory)
@@ -264,7 +284,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
             with torch.no_grad():
                 future, _ = interface.g(border(new_state), memory)                                 # delta^_{k+1}
 
-    # 3. backward:  dL/dtheta = dL_k/dtheta + (ds_{k+1}/dtheta)^T alpha delta^_{k+1}  (Eq. 1), and the target, as .grad
+    # 3. backward:  dL/dtheta = dL_k/dtheta + (ds_{k+1}/dtheta)^T (alpha / T B) delta^_{k+1}  (Eq. 1),  L_k = nll + penalty
     optimizer.zero_grad(set_to_none=True)
     if synthetic:
         inject(nll + penalty, border(new_state), future, settings.dni_alpha / T_B)
@@ -272,13 +292,15 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
         (nll + penalty).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     if not torch.isfinite(nll + norm):
-        raise NotFinite(f"loss {nll.item()}, gradient norm {norm.item()}")
+        raise NotFinite(f"loss {nll.item()}, gradient norm {norm.item()}; try a lower --lr or --dni-alpha")
 
-    # 4. regress:  phi <- phi - Adam(d/dphi mean (delta^_k - delta_k)^2),  delta_k = T B ds_k
+    # 4. regress:  phi <- phi - Adam(d/dphi mean (delta^_k - delta_k)^2),  delta_k = T B s_k.grad, left by step 3
     if predicted:
         target = [T_B * c.grad for c in border(state)]
         interface.agreement.update(predicted, target)
-        regress(interface.optimizer, predicted, target)
+        error = regress(interface.optimizer, predicted, target)
+        if not torch.isfinite(error):
+            raise NotFinite(f"loss {nll.item()}, squared error of the DNI {error.item()}; try a lower --dni-lr")
 
     # 5. step
     optimizer.step()
@@ -300,7 +322,7 @@ def chunk_borders(length, settings):
 
 @torch.no_grad()
 def evaluate(model, tokens, batch_size, product=torch.float32, bptt=200):
-    """Mean nll in nats over the predictions of a whole text, the state carried through, dropout off.
+    """Mean nll in nats over the predictions of a whole text, tokens (n,), as streams, the state carried through, no dropout.
 
     (Departure: the authors' code divides by the number of tokens, one more than there are predictions.)
     """
@@ -354,22 +376,32 @@ def pick_product(name, device):
         native = torch.cuda.get_device_capability() >= (8, 0)
     elif device == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()                                      # older torch: unknown
-        native = any(able.get(feature) for feature in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+        native = any(able.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
+@contextlib.contextmanager
+def replacing(path):
+    """Gives the name of a file to write beside `path`, then renames it: what was there stays whole until the new one is."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def save(content, path):
-    """Write beside, then rename: what was there before stays whole until the new file is."""
-    torch.save(content, path.with_name(path.name + ".partial"))
-    os.replace(path.with_name(path.name + ".partial"), path)
+    try:
+        with replacing(path) as partial:
+            torch.save(content, partial)
+    except RuntimeError as error:                                       # what torch makes of a full disk
+        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]})") from None
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path):
     """What `save` wrote, as plain numbers and tensors: nothing in the file can run code. UserError where it is not that."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is not there: nothing to resume") from None
     except Exception as error:                                             # torch.load raises half a dozen kinds
@@ -390,13 +422,15 @@ def restore(parts, checkpoint, path):
 
 
 def random_state(device):
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device == "cuda" else {})}
+    """The state of the random generators in use: the CPU's, and the device's own."""
+    own = {"cpu": {}, "cuda": {"cuda": torch.cuda}, "mps": {"mps": torch.mps}}[device]
+    return {"cpu": torch.get_rng_state(), **{name: module.get_rng_state() for name, module in own.items()}}
 
 
 def set_random_state(states, device):
-    torch.set_rng_state(states["cpu"].cpu())
-    if device == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].cpu())
+    torch.set_rng_state(states["cpu"])
+    if device != "cpu" and device in states:                            # a run may go on on another device
+        {"cuda": torch.cuda, "mps": torch.mps}[device].set_rng_state(states[device])
 
 
 def output_folder(out, settings):
@@ -418,14 +452,15 @@ COLUMNS = ("epoch", "run", "gradient", "learning_rate", "train_perplexity", "val
 
 
 def write_log(rows, path):
-    with open(path.with_name(path.name + ".partial"), "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    os.replace(path.with_name(path.name + ".partial"), path)
+    with replacing(path) as partial:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
 
 
 # --------------------------------------------------------------------------------------------------------- the training
 
 def perplexity(nll):
+    """exp(nll), or at least a number where that is beyond a float."""
     return math.exp(min(nll, 700.0))
 
 
@@ -449,8 +484,8 @@ def build(s, vocabulary, device):
     optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.l2, **fused)
     if not uses_synthetic(s):
         return model, optimizer, None
-    before = random_state(device)                                       # put back below, so that every mode draws the
-    if s.dni == "neuron":                                               # same dropout masks
+    before = random_state(device)                                       # put back: every mode draws the same dropout masks
+    if s.dni == "neuron":
         g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer).to(device)
     else:
         g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], s.dni_hidden, s.dni_noise, s.dni_last_layer).to(device)
@@ -466,14 +501,15 @@ class Epoch(NamedTuple):
     rate: float
     agreement: tuple   # (cosine, R^2) of g, nan without one
     chunks: int
-    steps: int         # of time, all chunks together: L, or less where max_steps cut it short
+    steps: int         # of time, all chunks together: L, or less where it was cut short
 
 
-def train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product, limit=0, progress=None):
+def train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product, limit=0, progress=None, stopped=()):
     """One pass over inputs and targets, (L, B) each, in chunks. run: of the step before. Returns an Epoch.
 
-    limit: stop after so many steps, 0: none. progress: called after each step with what a progress line shows.
-    Raises NotFinite, saying where.
+    limit: stop after so many steps, 0: none. progress: called after each step with what a progress line shows. stopped:
+    a list that is filled when the pass should end after the step under way. The last chunk leaves its state to nobody, so
+    no synthetic gradient is injected there. Raises NotFinite, saying where.
     """
     model.train()
     state, memory, total, length = None, None, torch.zeros((), device=inputs.device), len(inputs)
@@ -491,17 +527,33 @@ def train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targe
         source = gradient_source(s, run, now)
         try:
             nll, state, memory = train_step(model, optimizer, interface, inputs[start:stop], targets[start:stop],
-                                            state, memory, source == "synthetic", s, product)
+                                            state, memory, source == "synthetic" and stop < length, s, product)
         except NotFinite as error:
             raise NotFinite(f"step {step} of epoch {epoch + 1} (run {run}, {source} gradients, learning rate {rate:.2e}) is not "
                             f"finite: {error}") from None
         total += nll * (stop - start)
         if progress:
             progress(epoch, stop / length, run, source, rate, total, stop)
-        if step == limit:
+        if step == limit or stopped:
             break
     agreement = interface.agreement.result() if interface else (math.nan, math.nan)
     return Epoch(total.item() / stop, run, source, rate, agreement, step, stop)
+
+
+@contextlib.contextmanager
+def first_ctrl_c():
+    """Gives a list that the first Ctrl-C puts an entry into, for the loop to look at; the second interrupts as usual."""
+    stopped = []
+
+    def note(*_):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class ProgressLine:
@@ -530,19 +582,22 @@ def main(argv):
     corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
     train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
     inputs, targets = streams(train_tokens, s.batch_size)                                          # (L, B)
-    streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)                             # long enough?
+    for tokens, batch_size in ((valid_tokens, s.valid_batch_size), (test_tokens, 1)):
+        streams(tokens, batch_size)                                                                # raises if too short
     if len(inputs) < s.bptt:
         raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {s.batch_size} streams give {len(inputs)} steps "
                         f"each, less than one chunk of {s.bptt}; lower --batch-size or --bptt")
 
     model, optimizer, interface = build(s, len(corpus.vocabulary), device)
-    schedule = learning_rate(s, optimizer)
+    schedule = make_schedule(s, optimizer)
     parts = {"model": model, "optimizer": optimizer}
     if interface:
         parts.update(dni=interface.g, dni_optimizer=interface.optimizer)
     first, run, best, rows = 0, 0, math.inf, []
     if resume:
-        checkpoint = read_checkpoint(out / "last.pt", device)
+        checkpoint = read_checkpoint(out / "last.pt")
+        if checkpoint.get("corpus") != corpus.fingerprint():
+            raise UserError(f"{out} was trained on another text than {corpus.name} is now; start a new run instead")
         restore(parts, checkpoint, out / "last.pt")
         set_random_state(checkpoint["random"], device)
         first, run, best, rows = (checkpoint[name] for name in ("epoch", "run", "best", "rows"))
@@ -560,51 +615,56 @@ def main(argv):
           + (f", {s.dni}-wise DNI of {parameters(interface.g):,}" if interface else "")
           + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads; in {out}", flush=True)
 
-    started, chunks, interrupted = time.monotonic() - (rows[-1][-1] if rows else 0), 0, False
+    def keep(name, **content):
+        save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "corpus": corpus.fingerprint(), **content}, out / name)
+
+    started, chunks = time.monotonic() - (rows[-1][-1] if rows else 0), 0
     progress = ProgressLine(first, s.epochs, s.batch_size) if sys.stdout.isatty() else None
     try:
-        for epoch in range(first, s.epochs):
-            epoch_started = time.monotonic()
-            done = train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product,
-                               s.max_steps - chunks if s.max_steps else 0, progress)
-            seconds = time.monotonic() - epoch_started
-            valid = evaluate(model, valid_tokens, s.valid_batch_size, product)
-            run, chunks, (cosine, r2) = done.run, chunks + done.chunks, done.agreement
-            rows.append([epoch + 1, run, done.source, float(f"{done.rate:.4e}"), round(perplexity(done.nll), 3),
-                         round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - started, 1)])
-            print(("\r\033[K" if progress else "") + f"epoch {epoch + 1:3d}/{s.epochs}  run {run} {done.source:9}  "
-                  f"lr {done.rate:.2e}  train {perplexity(done.nll):8.2f}  valid {perplexity(valid):8.2f}"
-                  + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
-                  + f"  {done.steps * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
-            if not math.isfinite(valid):
-                raise NotFinite(f"the validation loss after epoch {epoch + 1} is not finite")
-            if valid < best:
-                best = valid
-                save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "epoch": epoch + 1}, out / "best.pt")
-            if done.steps == len(inputs):
-                save({**{name: part.state_dict() for name, part in parts.items()}, "settings": dataclasses.asdict(s), "run": run,
-                      "epoch": epoch + 1, "best": best, "rows": rows, "random": random_state(device)}, out / "last.pt")
-            write_log(rows, out / "log.csv")
-            if chunks == s.max_steps:
-                break
+        with first_ctrl_c() as stopped:
+            for epoch in range(first, s.epochs):
+                epoch_started = time.monotonic()
+                done = train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product,
+                                   s.max_steps - chunks if s.max_steps else 0, progress, stopped)
+                seconds, whole = time.monotonic() - epoch_started, done.steps == len(inputs)
+                if stopped and not whole:
+                    break
+                valid = evaluate(model, valid_tokens, s.valid_batch_size, product)
+                if not math.isfinite(valid):
+                    raise NotFinite(f"the validation loss after epoch {epoch + 1} is not finite; try a lower --lr")
+                run, chunks, (cosine, r2) = done.run, chunks + done.chunks, done.agreement
+                rows.append([epoch + 1, run, done.source, float(f"{done.rate:.4e}"), round(perplexity(done.nll), 3),
+                             round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - started, 1)])
+                print(("\r\033[K" if progress else "") + f"epoch {epoch + 1:3d}/{s.epochs}  run {run} {done.source:9}  "
+                      f"lr {done.rate:.2e}  train {perplexity(done.nll):8.2f}  valid {perplexity(valid):8.2f}"
+                      + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
+                      + f"  {done.steps * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+                if valid < best:
+                    best = valid
+                    keep("best.pt", epoch=epoch + 1)
+                if whole:
+                    keep("last.pt", epoch=epoch + 1, run=run, best=best, rows=rows, random=random_state(device),
+                         **{name: part.state_dict() for name, part in parts.items()})
+                write_log(rows, out / "log.csv")
+                if stopped or chunks == s.max_steps:
+                    break
     except NotFinite as error:
         kept = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
-        raise NotFinite(f"{error}; {kept}; try a lower --lr or --dni-alpha") from None
-    except KeyboardInterrupt:
-        interrupted = True
+        raise NotFinite(f"{error}; {kept}") from None
+    if stopped:
         kept = f"--resume {out} goes on after epoch {rows[-1][0]}" if (out / "last.pt").exists() else "no epoch was finished"
-        print(f"\ninterrupted in epoch {len(rows) + 1}; {kept}; testing the best model so far", flush=True)
+        print(f"\ninterrupted in epoch {epoch + 1}; {kept}; testing the best model so far", flush=True)
 
     if math.isinf(best):                                                                           # nothing else to test
-        save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "epoch": 0}, out / "best.pt")
-    restore({"model": model}, read_checkpoint(out / "best.pt", device), out / "best.pt")
+        keep("best.pt", epoch=0)
+    restore({"model": model}, read_checkpoint(out / "best.pt"), out / "best.pt")
     print("sampled:")
     for text in sample(model, corpus.vocabulary):
         print(f"  {text}")
-    if corpus.floor is not None:
-        print(f"perplexity floor {math.exp(corpus.floor):.4f}")
+    for fact, value in corpus.facts.items():
+        print(f"{fact} {value:.4f}")
     print(f"test perplexity {perplexity(evaluate(model, test_tokens, 1, product)):.2f}")
-    return 130 if interrupted else 0
+    return 130 if stopped else 0
 
 
 def command(argv):
@@ -617,6 +677,12 @@ def command(argv):
     except NotFinite as error:
         print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:                        # torch's out-of-memory errors are RuntimeErrors
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"train.py: error: out of memory ({' '.join(str(error).split())[:160]}); try a lower --batch-size, --bptt or "
+              "--hidden-size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
