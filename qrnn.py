@@ -202,7 +202,7 @@ class DecoderLoss(torch.autograd.Function):
         x16, weight16, bias16 = x.to(product), weight.to(product), bias.to(product)
         nll = x.new_zeros(())
         dx, dw, db = (torch.zeros_like(a) if needs_grad else None for a in (x, weight, bias))
-        rows = max(1, 2 ** 21 // len(weight))                                                      # 8 MB of float32
+        rows = max(200, 2 ** 21 // len(weight))           # 8 MB of float32; fewer rows would add up dW too often
         for block in (slice(i, i + rows) for i in range(0, len(x), rows)):
             y = target[block, None]                                                                # (rows, 1)
             log_p = F.linear(x16[block], weight16, bias16).to(x.dtype).log_softmax(-1)             # (rows, V)
