@@ -236,19 +236,19 @@ class LanguageModel(nn.Module):
     """Embedding -> QRNN stack -> decoder tied to the embedding, regularised as in AWD (the paper's section 3).
 
     vocabulary: V words. embedding_size E; hidden_size H; num_layers: all of size H but the last, which is E so that
-    decoder and embedding can be one matrix. The first layer sees 2 words, the others 1.
+    decoder and embedding can be one matrix. window: words the first layer sees; the others see 1, as in AWD's QRNN.
     Dropouts, each in [0, 1): embedding (whole words), input, hidden (between layers), output (locked over time),
     weight (on the gates' matrix). zoneout as in QRNNLayer.
     """
 
-    def __init__(self, vocabulary, embedding_size=400, hidden_size=1550, num_layers=4, *, dropout_embedding=0.0,
+    def __init__(self, vocabulary, embedding_size=400, hidden_size=1550, num_layers=4, *, window=2, dropout_embedding=0.0,
                  dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0, dropout_weight=0.0, zoneout=0.0):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)                                         # AWD, section 5
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary))
         self.rnn = QRNN(embedding_size, [hidden_size] * (num_layers - 1) + [embedding_size],
-                        window=[2] + [1] * (num_layers - 1), dropout=dropout_hidden,
+                        window=[window] + [1] * (num_layers - 1), dropout=dropout_hidden,
                         zoneout=zoneout, weight_dropout=dropout_weight)
         self.dropout_embedding, self.dropout_input, self.dropout_output = dropout_embedding, dropout_input, dropout_output
 

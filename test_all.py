@@ -547,6 +547,8 @@ def test_the_alternation_flips_at_a_restart_and_nowhere_else():
     found, schedule = sources(mode="alternating")
     flips = [moment for a, b, moment in zip(found, found[1:], moments[1:]) if a != b]
     assert found[0] == "real" and flips == [5, 15, 35, 75] and schedule
+    swapped = {"real": "synthetic", "synthetic": "real"}
+    assert sources(mode="alternating", first="synthetic")[0] == [swapped[source] for source in found]
     assert sources(mode="bptt") == (["real"] * 640, None)
     assert set(sources(mode="restart")[0]) == {"real"} and sources(mode="restart")[1]
     for changes in (dict(mode="dni"), dict(mode="restart", gradient="synthetic")):
@@ -860,6 +862,8 @@ def test_presets_are_the_papers():
     assert (ptb.hidden_size, ptb.embedding_size, ptb.num_layers, ptb.bptt, ptb.batch_size, ptb.epochs) == (1550, 400, 4, 200, 20, 320)
     assert (ptb.dropout_output, ptb.dropout_hidden, ptb.dropout_input, ptb.dropout_embedding, ptb.dropout_weight) == (.4, .3, .4, .1, .1)
     assert (ptb.activation, ptb.temporal, ptb.l2, ptb.clip, ptb.lr, ptb.seed, ptb.e_base) == (2, 1, 1.2e-6, .2, 1e-3, 42, 5)
+    model, _, _ = train.build(dataclasses.replace(ptb, hidden_size=9, embedding_size=7), 20, "cpu")
+    assert [(la.input_size, la.hidden_size, la.window) for la in model.rnn.layers] == [(7, 9, 2), (9, 9, 1), (9, 9, 1), (9, 7, 1)]
     wt2 = train.parse(["--preset", "paper", "--data", "wt2"])[0]
     assert (wt2.dropout_hidden, wt2.clip) == (0.2, 0.25) and (out, resume) == (None, False)
 
@@ -993,7 +997,7 @@ def bad_input(*arguments):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--hidden-size", "-3"), ("--epochs", "0"), ("--num-layers", "0"), ("--batch-size", "0"), ("--bptt", "0"),
+    ("--hidden-size", "-3"), ("--epochs", "0"), ("--num-layers", "0"), ("--window", "0"), ("--batch-size", "0"), ("--bptt", "0"),
     ("--dropout-input", "1"), ("--dropout-output", "-0.1"), ("--dropout-weight", "nan"), ("--zoneout", "1.5"), ("--e-base", "0"),
     ("--e-base", "nan"), ("--lr", "0"), ("--lr", "inf"), ("--clip", "-1"), ("--dni-alpha", "-1"), ("--dni-hidden", "0"),
     ("--seed", "-1"), ("--max-steps", "-1"), ("--eta-min", "-1"), ("--restarts", "0"), ("--mode", "magic"), ("--data", "klingon"),
@@ -1004,7 +1008,7 @@ def test_impossible_settings(flag, value):
 
 
 @pytest.mark.parametrize("arguments, flag", [
-    ("--mode bptt --gradient synthetic", "--gradient"), ("--mode dni --restarts 3", "--restarts"), ("--mode bptt --e-base 2", "--e-base"),
+    ("--mode bptt --gradient synthetic", "--gradient"), ("--mode restart --first real", "--first"), ("--mode dni --restarts 3", "--restarts"), ("--mode bptt --e-base 2", "--e-base"),
     ("--dni layer --dni-window 2", "--dni-window"), ("--eta-min 1", "--eta-min"), ("--eta-max 1e-3 1e-4 --eta-min 2e-4", "run 1")])
 def test_settings_that_contradict_each_other(arguments, flag):
     """A setting that would silently do nothing, or turn the schedule upside down, is refused."""

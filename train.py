@@ -12,6 +12,7 @@ The four modes decide two things only, and both in `gradient_source` and `make_s
     dni            synthetic gradients, after a warm-up                  constant
     restart        nothing, or synthetic with --gradient synthetic       SGDR
     alternating    nothing in even runs, synthetic in odd ones           SGDR, the switch falls on a restart
+                   (the other way round with --first synthetic)
 
 Glossary
     name       symbol     shape          meaning
@@ -60,6 +61,7 @@ class Settings:
     mode: str = setting("alternating", "which gradients, which learning rate", ("bptt", "dni", "restart", "alternating"))
     data: str = setting("pydoc", "corpus: pydoc, ptb, wt2, recall, or a folder with train.txt, valid.txt, test.txt")
     gradient: str = setting("real", "gradients across borders in mode restart (paper, Table 2)", ("real", "synthetic"))
+    first: str = setting("real", "what run 0 of mode alternating is (2.1); authors' WT2 commands: synthetic", ("real", "synthetic"))
     dni: str = setting("neuron", "interface: neuron-wise (2.2), or layer-wise (DNI) as a control", ("neuron", "layer"))
     epochs: int = setting(15, "passes over the training text; the paper: 320")
     seed: int = setting(42, "of all random numbers (authors' code)")
@@ -67,6 +69,7 @@ class Settings:
     embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)")
     hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)")
     num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)")
+    window: int = setting(2, "words the first QRNN layer sees, the others see 1 (AWD's QRNN)")
     dropout_output: float = setting(0.4, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.2)")
     dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.2)")
     dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.2)")
@@ -182,7 +185,7 @@ def check(s, given=()):
     def need(holds, name, what):
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} must be {what}, got {getattr(s, name)}")
-    for name in ("epochs", "embedding_size", "hidden_size", "num_layers", "batch_size", "bptt", "valid_batch_size",
+    for name in ("epochs", "embedding_size", "hidden_size", "num_layers", "window", "batch_size", "bptt", "valid_batch_size",
                  "dni_hidden", "dni_window", "recall_delay", "recall_symbols"):
         need(getattr(s, name) >= 1, name, "at least 1")
     for name in ("dropout_output", "dropout_hidden", "dropout_input", "dropout_embedding", "dropout_weight", "zoneout",
@@ -201,7 +204,7 @@ def check(s, given=()):
         need(per_run(s.eta_min, i) <= per_run(s.eta_max or s.lr, i), "eta_min", f"at most the rate run {i} begins with")
     need(all(a < b < math.inf for a, b in zip((0, *s.restarts), s.restarts)), "restarts", "rising epochs above 0")
     for names, effective, where in (
-            (("gradient",), s.mode == "restart", "--mode restart"),
+            (("gradient",), s.mode == "restart", "--mode restart"), (("first",), s.mode == "alternating", "--mode alternating"),
             (("e_base", "restarts", "eta_min", "eta_max", "sgdr_step", "reset_optimizer"), s.mode in SGDR_MODES,
              "--mode restart or alternating"),
             (("dni_window", "dni_zoneout"), s.dni == "neuron", "--dni neuron")):
@@ -226,7 +229,7 @@ def gradient_source(settings, run, epoch):
     In real runs of a configuration with an interface, g goes on learning, from the T true steps alone.
     """
     if settings.mode == "alternating":
-        return "synthetic" if run % 2 else "real"                                                  # 2.1: real first
+        return ("real", "synthetic")[(run + (settings.first == "synthetic")) % 2]                  # they take turns (2.1)
     return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
 
 
@@ -477,7 +480,7 @@ def build(s, vocabulary, device):
     """Everything that learns: (model, optimizer, interface or None), the same initial model in every mode."""
     torch.manual_seed(s.seed)
     fused = {"fused": True} if device in ("cpu", "cuda") else {}
-    model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers,
+    model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers, window=s.window,
                           dropout_embedding=s.dropout_embedding, dropout_input=s.dropout_input,
                           dropout_hidden=s.dropout_hidden, dropout_output=s.dropout_output,
                           dropout_weight=s.dropout_weight, zoneout=s.zoneout).to(device)
