@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train
@@ -163,12 +164,19 @@ def test_zoneout_keeps_the_old_value():
 
 @pytest.mark.parametrize("n, V", [(5, 7), (1000, 9000)])
 def test_decoder_loss_in_blocks_is_cross_entropy(n, V):
-    """The block-wise decoder and loss equal F.cross_entropy(F.linear(.)), value and gradients, over one block or several."""
+    """The block-wise decoder and loss equal F.cross_entropy(F.linear(.)), value and gradients, over one block or several.
+
+    Gradients cost two products more than the loss; without autograd they are not made.
+    """
     leaves = [torch.randn(shape, **DOUBLE).requires_grad_() for shape in ((n, 6), (V, 6), (V,))]
     target = torch.randint(V, (n,))
     ours, theirs = decoder_loss(*leaves, target), F.cross_entropy(F.linear(*leaves), target)
     close(ours, theirs)
     close(torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * theirs, leaves))
+    for context, products in ((torch.enable_grad, 3), (torch.no_grad, 1)):
+        with context(), FlopCounterMode(display=False) as counter:
+            close(decoder_loss(*leaves, target), theirs)
+        assert counter.get_total_flops() == products * 2 * n * V * 6
 
 
 @pytest.mark.parametrize("device", DEVICES)
