@@ -1107,7 +1107,7 @@ def test_each_file_runs_alone(script, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- 12. README.md
 
-README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
