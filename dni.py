@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qrnn import QRNNLayer
+from qrnn import Compiled, QRNNLayer
 
 
 class NeuronDNI(nn.Module):
@@ -47,15 +47,17 @@ class NeuronDNI(nn.Module):
 
     hidden_size: 50. window, zoneout: of g's QRNN layer. noise: g sees s * (1 + noise * N(0, 1)) while in training mode.
     last_layer: bound b of the last layer's U(-b, b); 0 makes the first synthetic gradients exactly zero, after DNI.
+    compile: use the `Compiled` form (qrnn.py) of the same code.
     """
 
-    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0):
+    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0, compile=False):
         super().__init__()
         self.noise = noise
         self.encode = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
         self.rnn = QRNNLayer(hidden_size, hidden_size, window, zoneout=zoneout)
         self.decode = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
         start_last_layer(self.decode[-1], last_layer)
+        self.fast = Compiled(self.predict) if compile else self.predict
 
     def forward(self, state, memory=None):
         """state: list of (B, H_l) tensors, one a layer; memory: what the previous border returned, or None.
@@ -65,10 +67,15 @@ class NeuronDNI(nn.Module):
         s = torch.cat([c.flatten() for c in state])[:, None]                                       # (N, 1)
         if self.noise and self.training:
             s = s * (1 + self.noise * torch.randn_like(s))
-        x = self.encode(s).to(s.dtype)[None]                                                       # (1, N, 50)
-        h, memory = self.rnn(x, memory)                                                            # one step a border
-        d = self.decode(h[0]).to(s.dtype).flatten()                                                # (N,)
+        masks = self.rnn.draw(s[None])
+        d, memory = self.fast(s, self.rnn.zero_state(s[None]) if memory is None else memory, masks)
         return [d_l.view_as(c) for d_l, c in zip(d.split([c.numel() for c in state]), state)], memory
+
+    def predict(self, s, memory, masks=None):
+        """g itself. s: (N, 1) -> the synthetic gradients (N,) and the memory after this border."""
+        x = self.encode(s).to(s.dtype)[None]                                                       # (1, N, 50)
+        h, memory = self.rnn(x, memory, masks)                                                     # one step a border
+        return self.decode(h[0]).to(s.dtype).flatten(), memory
 
 
 class LayerDNI(nn.Module):

@@ -24,9 +24,13 @@ Not here: bidirectional layers, the QRNN's encoder-decoder attention, a convolut
 Run `python qrnn.py` for a proof of the backward pass in a second.
 """
 
+import math
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 
 
 # ------------------------------------------------------------------------------------------------------------ pooling
@@ -46,50 +50,110 @@ def pool_loop(f, z, c0):
     return torch.stack(states)                                                                     # (T, B, H)
 
 
+@torch.library.custom_op("qrnn::pool_forward", mutates_args=())
+def pool_forward(f: torch.Tensor, z: torch.Tensor, c0: torch.Tensor) -> torch.Tensor:
+    """c_0 .. c_T as (T+1, B, H), without a graph. (An "op", so that torch.compile takes the loop as one piece.)"""
+    c = z.new_empty(len(z) + 1, *c0.shape)
+    c[0] = c0
+    c_t = c.unbind()
+    for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
+        torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                                               # f c + (1 - f) z
+    return c
+
+
+@torch.library.custom_op("qrnn::pool_backward", mutates_args=())
+def pool_backward(G: torch.Tensor, g_T: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """r_1 .. r_T as (T, B, H), from T down to 1."""
+    r = torch.empty_like(G, memory_format=torch.contiguous_format)
+    torch.add(G[-1], g_T, out=r[-1])
+    G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
+    for t in range(len(r) - 2, -1, -1):
+        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])
+    return r
+
+
+@pool_forward.register_fake
+def _(f, z, c0):
+    return z.new_empty(z.shape[0] + 1, *c0.shape)
+
+
+@pool_backward.register_fake
+def _(G, g_T, f):
+    return torch.empty_like(G, memory_format=torch.contiguous_format)
+
+
+def one_kernel(x):
+    """Whether the time steps are to be scanned rather than looped over: each step of a loop is one more launch on a GPU."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+def scan(a, b, reverse=False):
+    """s_t = a_t s_{t-1} + b_t for all t, from zero (or s_t = a_t s_{t+1} + b_t, reverse), as one kernel where a GPU compiles it.
+
+    Step (a, b) and then step (a', b') make the step (a a', a' b + b'), and "and then" is associative: the steps can be
+    joined in a tree of depth log T. (PyTorch's own backward pass of this operation is not used: it has been wrong.)
+    """
+    return associative_scan(lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, b), dim=0, reverse=reverse,
+                            combine_mode="pointwise" if a.is_cuda else "generic")[1]
+
+
 class Pool(torch.autograd.Function):
     """`pool_loop` with its backward pass written out, so that neither direction builds a graph of T steps.
 
-    Let G_t = dL/dc_t arrive from the layers above. c_t also feeds c_{t+1} = f_{t+1} c_t + (1 - f_{t+1}) z_{t+1}, so
-    the whole gradient r_t of c_t follows a recurrence that runs backwards in time:
+    Let G_t = dL/dc_t arrive from the layers above, and g_T from the chunk to come, through the border that c_T crosses.
+    c_t also feeds c_{t+1} = f_{t+1} c_t + (1 - f_{t+1}) z_{t+1}, so the whole gradient r_t of c_t follows a recurrence
+    that runs backwards in time:
 
-        r_T = G_T,    r_t = G_t + f_{t+1} r_{t+1}
+        r_T = G_T + g_T,    r_t = G_t + f_{t+1} r_{t+1}
 
     and from c_t = f_t c_{t-1} + (1 - f_t) z_t, differentiated in each of its three arguments,
 
         df_t = r_t (c_{t-1} - z_t),    dz_t = r_t (1 - f_t),    dc_0 = f_1 r_1
 
     dc_0, the gradient that leaves the chunk through its left border, is what truncated backpropagation throws away
-    and what a decoupled neural interface (dni.py) learns to predict.
+    and what a decoupled neural interface (dni.py) learns to predict: the g_T of the chunk before.
     """
 
     @staticmethod
     def forward(ctx, f, z, c0):
-        c = z.new_empty(len(z) + 1, *c0.shape)                                                     # c_0 .. c_T
-        c[0] = c0
-        c_t = c.unbind()
-        for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
-            torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                                           # f c + (1 - f) z
+        if one_kernel(f):                                               # c_0 as a first step with f = 1 and (1 - f) z = c_0
+            c = scan(torch.cat([torch.ones_like(f[:1]), f]), torch.cat([c0[None], (1 - f) * z]))
+        else:
+            c = pool_forward(f, z, c0)
         ctx.save_for_backward(f, z, c)
-        return c[1:]
+        return c[1:], c[-1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, G):
+    def backward(ctx, G, g_T):
         f, z, c = ctx.saved_tensors
-        r = torch.empty_like(G, memory_format=torch.contiguous_format)
-        r[-1] = G[-1]
-        G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
-        for t in range(len(r) - 2, -1, -1):
-            torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])
+        if one_kernel(f):                                               # g_T as a last step, which r_T takes in whole
+            ones = torch.ones_like(f[:1])
+            r = scan(torch.cat([f[1:], ones, ones]), torch.cat([G, g_T[None]]), reverse=True)[:-1]
+        else:
+            r = pool_backward(G, g_T, f)
         return r * (c[:-1] - z), r * (1 - f), f[0] * r[0]
 
 
 def pool(f, z, c0):
-    """c_t = f_t c_{t-1} + (1 - f_t) z_t; shapes as in `pool_loop`, same values and gradients. First derivatives only."""
+    """c_t = f_t c_{t-1} + (1 - f_t) z_t; shapes as in `pool_loop`, same values and gradients. First derivatives only.
+
+    Returns c_1 .. c_T (T, B, H) and, apart, c_T (B, H), which is what goes on to the next chunk.
+    """
+    if len(f) == 1:                                                     # no loop, no need of a Function (g's case, in dni.py)
+        c = f * c0 + (1 - f) * z
+        return c, c[0]
     return Pool.apply(f, z, c0)
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
+
+def toss(shape, p, device):
+    """A mask of `shape`, True with probability p in (0, 1], to 16 bits: on a CPU six times as fast as Tensor.bernoulli_."""
+    n = math.prod(shape)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None)       # 64 random bits each
+    return bits.view(torch.int16)[:n].view(shape) <= round(p * 2 ** 16) - 2 ** 15 - 1
+
 
 class QRNNLayer(nn.Module):
     """One QRNN layer (QRNN, section 2).
@@ -103,7 +167,7 @@ class QRNNLayer(nn.Module):
     input_size I, hidden_size H >= 1; window k >= 1.
     zoneout in [0, 1]: the probability that a neuron keeps its old value at a step, f_t = 1 (QRNN, section 2.1). When
         evaluating, the expected gate is used, f_t = zoneout + (1 - zoneout) f_t.
-    weight_dropout in [0, 1]: dropout on the weights, one mask a call (AWD, section 2, applied to the QRNN's product).
+    weight_dropout in [0, 1): dropout on the weights, one mask a call (AWD, section 2, applied to the QRNN's product).
     """
 
     def __init__(self, input_size, hidden_size, window=1, output_gate=True, zoneout=0.0, weight_dropout=0.0):
@@ -116,38 +180,77 @@ class QRNNLayer(nn.Module):
         linear = nn.Linear(window * input_size, (3 if output_gate else 2) * hidden_size)           # PyTorch's own init
         self.weight, self.bias = linear.weight, linear.bias                                        # (3H, kI), (3H,)
 
-    def forward(self, x, state=None):
-        """x: (T, B, I), T >= 1; state: (c (B, H), x_prev (k-1, B, I)), or None for zeros.
+    def zero_state(self, x):
+        """The state before the first step of x (T, B, I): nothing remembered, nothing read."""
+        return x.new_zeros(x.shape[1], self.hidden_size), x.new_zeros(self.window - 1, x.shape[1], self.input_size)
+
+    def draw(self, x):
+        """The random masks of one call on x (T, B, I): (weights to use (3H, kI), steps to skip (T, B, H)); None: no mask."""
+        use = skip = None
+        if self.training and self.weight_dropout:
+            use = toss(self.weight.shape, 1 - self.weight_dropout, x.device)
+        if self.training and self.zoneout:
+            skip = toss((*x.shape[:2], self.hidden_size), self.zoneout, x.device)
+        return use, skip
+
+    def forward(self, x, state=None, masks=None):
+        """x: (T, B, I), T >= 1; state: (c (B, H), x_prev (k-1, B, I)), or None for zeros; masks: from `draw`, or None.
 
         Returns the output (T, B, H) and the state after step T. Raises ValueError where x or state has another shape.
         """
         if x.dim() != 3 or x.shape[-1] != self.input_size or len(x) == 0:
             raise ValueError(f"expected an input of shape (T >= 1, B, {self.input_size}), got {tuple(x.shape)}")
-        if state is None:
-            state = x.new_zeros(x.shape[1], self.hidden_size), x.new_zeros(self.window - 1, x.shape[1], x.shape[2])
-        c0, x_prev = state
+        c0, x_prev = self.zero_state(x) if state is None else state
         expected = (x.shape[1], self.hidden_size), (self.window - 1, x.shape[1], self.input_size)
         if (tuple(c0.shape), tuple(x_prev.shape)) != expected:
             raise ValueError(f"expected a state (c, x_prev) of shapes {expected}, got {tuple(c0.shape)}, {tuple(x_prev.shape)}")
+        use, skip = self.draw(x) if masks is None else masks
         inputs = torch.cat([x_prev, x]) if self.window > 1 else x                                  # (k-1 + T, B, I)
         windows = torch.cat([inputs[i:i + len(x)] for i in range(self.window)], -1)                # (T, B, kI)
 
-        weight = F.dropout(self.weight, self.weight_dropout, self.training)
+        weight = self.weight if use is None else self.weight * use / (1 - self.weight_dropout)
+        gates = F.linear(windows, weight, self.bias)                                               # (T, B, 3H)
         # Under autocast the product comes back in a 16-bit type; gates and state stay in the type of x.
-        gates = F.linear(windows, weight, self.bias).to(x.dtype)                                   # (T, B, 3H)
-        z, f, *o = gates.chunk(3 if self.output_gate else 2, -1)                                   # (T, B, H) each
+        z, f, *o = (gate.to(x.dtype) for gate in gates.chunk(3 if self.output_gate else 2, -1))    # (T, B, H) each
         z, f = torch.tanh(z), torch.sigmoid(f)
         if self.zoneout:
-            keep = torch.rand_like(f) < self.zoneout if self.training else self.zoneout
-            f = f + keep * (1 - f)                                                                 # f, or 1 where kept
-        c = pool(f, z, c0)
+            f = f + (self.zoneout if skip is None else skip) * (1 - f)                             # f, or 1 where skipped
+        c, c_T = pool(f, z, c0)
         h = torch.sigmoid(o[0]) * c if self.output_gate else c
-        return h, (c[-1], inputs[len(inputs) - self.window + 1:])
+        return h, (c_T, inputs[len(inputs) - self.window + 1:])
+
+
+def locked_mask(x, p, training=True):
+    """Dropout's mask for x (T, B, H), one for all time steps of the chunk (AWD, section 4.2): (1, B, H), 0 or 1/(1-p)."""
+    return F.dropout(x.new_ones(1, *x.shape[1:]), p) if training and p else None
 
 
 def locked_dropout(x, p, training=True):
-    """Dropout with one mask for all time steps of the chunk (AWD, section 4.2). x: (T, B, H), same shape out."""
-    return x * F.dropout(torch.ones_like(x[:1]), p) if training and p else x                       # mask (1, B, H)
+    """Dropout with a `locked_mask`. x: (T, B, H), same shape out."""
+    mask = locked_mask(x, p, training)
+    return x if mask is None else x * mask
+
+
+class Compiled:
+    """`function`, by torch.compile: its elementwise parts fused, forward and backward, once for all lengths T and streams B.
+
+    Where that does not work (no C++ compiler, say) it warns, in one line, and is the plain function from then on.
+    """
+
+    def __init__(self, function):
+        self.function, self.fast = function, torch.compile(function, dynamic=True)
+
+    def __call__(self, *arguments):
+        if self.fast:
+            try:
+                return self.fast(*arguments)
+            except Exception as error:                                  # the compiler's, or a mistake in the arguments:
+                result = self.function(*arguments)                      # then this raises it again, in its own words
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                warnings.warn(f"torch.compile failed, so the plain form goes on in its place: {reason[:200]}", stacklevel=2)
+                self.fast = None
+                return result
+        return self.function(*arguments)
 
 
 class QRNN(nn.Module):
@@ -158,10 +261,12 @@ class QRNN(nn.Module):
     window: k of every layer, or a list with one a layer.
     batch_first: input and output are (B, T, .) rather than (T, B, .); the state is not affected, as in nn.LSTM.
     dropout: between layers, not after the last. Unlike nn.LSTM's the mask is locked over time.
+    compile: train with the `Compiled` form of the same code; the first call then takes up to a minute.
     layer: passed on to QRNNLayer (output_gate, zoneout, weight_dropout).
     """
 
-    def __init__(self, input_size, hidden_size, num_layers=1, *, batch_first=False, dropout=0.0, window=1, **layer):
+    def __init__(self, input_size, hidden_size, num_layers=1, *, batch_first=False, dropout=0.0, window=1, compile=False,
+                 **layer):
         super().__init__()
         sizes = [hidden_size] * num_layers if isinstance(hidden_size, int) else list(hidden_size)
         windows = [window] * len(sizes) if isinstance(window, int) else list(window)
@@ -170,49 +275,72 @@ class QRNN(nn.Module):
         self.batch_first, self.dropout = batch_first, dropout
         self.layers = nn.ModuleList(QRNNLayer(i, h, k, **layer)
                                     for i, h, k in zip([input_size] + sizes, sizes, windows))
+        self.compiled = Compiled(self.stack) if compile else None
 
     def forward(self, x, state=None):
         """x: (T, B, I), or (B, T, I) with batch_first; state: [(c, x_prev)] a layer, or None for zeros.
 
         Returns (output, state): the last layer's h for every step, and the state to hand to the next call.
         """
-        h, new_state = x.transpose(0, 1) if self.batch_first else x, []
-        state = state or [None] * len(self.layers)
-        for i, (layer, s) in enumerate(zip(self.layers, state, strict=True)):
-            h = locked_dropout(h, self.dropout, self.training and i > 0)
-            h, s = layer(h, s)
+        x = x.transpose(0, 1) if self.batch_first else x
+        state = state or [layer.zero_state(x) for layer in self.layers]
+        masks = [layer.draw(x) for layer in self.layers]
+        locked = [None] + [locked_mask(c[None], self.dropout, self.training) for c, _ in state[:-1]]   # on what h_l-1 hands up
+        if self.compiled and self.training and min(x.shape[:2]) > 1:    # a size of 1 would be compiled apart, as a constant
+            state = [(c if c.requires_grad else c.detach().requires_grad_(), x_prev) for c, x_prev in state]   # as would this
+            h, state = self.compiled(x, state, masks, locked)
+        else:
+            h, state = self.stack(x, state, masks, locked)
+        return h.transpose(0, 1) if self.batch_first else h, state
+
+    def stack(self, h, state, masks, locked):
+        """The layers one after the other, with all that is random given: what `compile` compiles."""
+        new_state = []
+        for layer, s, mask, lock in zip(self.layers, state, masks, locked, strict=True):
+            h, s = layer(h if lock is None else h * lock, s, mask)
             new_state.append(s)
-        return h.transpose(0, 1) if self.batch_first else h, new_state
+        return h, new_state
 
 
 # ------------------------------------------------------------------------------------------------------ language model
 
+def softmax_and_gradient(logits, bias, y):
+    """Of n rows of logits (n, V) without their bias (V,), and targets y (n,): the summed nll and its gradient (n, V).
+
+    With l_i = logits_i + bias, nll = sum_i(logsumexp(l_i) - l_i[y_i]) and dnll/dl_i = softmax(l_i) - onehot(y_i).
+    """
+    log_p = (logits.to(bias.dtype) + bias).log_softmax(-1)                                         # (n, V)
+    log_p_y = log_p.gather(1, y[:, None])[:, 0]                                                    # (n,)
+    gradient = log_p.exp().to(logits.dtype)
+    gradient[torch.arange(len(y), device=y.device), y] = (log_p_y.exp() - 1).to(logits.dtype)
+    return -log_p_y.sum(), gradient
+
+
 class DecoderLoss(torch.autograd.Function):
     """mean cross-entropy of softmax(x W^T + b), a block of rows at a time, so that no (n, V) matrix outlives its block.
 
-    With l_i the logits of row i and y_i its target, nll = mean_i(logsumexp(l_i) - l_i[y_i]), whose gradient needs no
-    second pass: dnll/dl_i = (softmax(l_i) - onehot(y_i)) / n. So forward makes dx, dW and db too, while a block's softmax
-    is there, and backward only scales them. A saving of memory and time, not part of the paper.
+    The gradient of the logits needs no second pass, so forward makes dx, dW and db too, while a block's softmax is there,
+    and backward only scales them. A saving of memory and time, not part of the paper.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, needs_grad):
+    def forward(ctx, x, weight, bias, target, softmax):
         device = x.device.type
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x16, weight16, bias16 = x.to(product), weight.to(product), bias.to(product)
+        x16, weight16 = x.to(product), weight.to(product)
         nll = x.new_zeros(())
-        dx, dw, db = (torch.zeros_like(a) if needs_grad else None for a in (x, weight, bias))
-        rows = max(200, 2 ** 21 // len(weight))           # 8 MB of float32; fewer rows would add up dW too often
+        dx, dw, db = (torch.zeros_like(a) if softmax else None for a in (x, weight, bias))
+        rows = max(200, 2 ** 22 // len(weight))           # 16 MB of float32; fewer rows would add up dW too often
         for block in (slice(i, i + rows) for i in range(0, len(x), rows)):
-            y = target[block, None]                                                                # (rows, 1)
-            log_p = F.linear(x16[block], weight16, bias16).to(x.dtype).log_softmax(-1)             # (rows, V)
-            nll -= log_p.gather(1, y).sum()
-            if needs_grad:
-                dl = log_p.exp_().scatter_add_(1, y, log_p.new_full(y.shape, -1.0))                # softmax - onehot
-                db += dl.sum(0)
-                dl = dl.to(product)
-                dx[block] = dl @ weight16
-                dw += dl.t() @ x16[block]
+            logits, y = x16[block] @ weight16.t(), target[block].clone()                           # (rows, V), (rows,)
+            if not softmax:
+                nll += F.cross_entropy(logits.to(x.dtype) + bias, y, reduction="sum")
+                continue
+            block_nll, dl = softmax(logits, bias, y)
+            nll += block_nll
+            dx[block] = dl @ weight16
+            dw += dl.t() @ x16[block]
+            db += dl.sum(0)
         ctx.save_for_backward(dx, dw, db)
         return nll / len(x)
 
@@ -224,12 +352,13 @@ class DecoderLoss(torch.autograd.Function):
         return dx * grad, dw * grad, db * grad, None, None
 
 
-def decoder_loss(x, weight, bias, target):
+def decoder_loss(x, weight, bias, target, softmax=softmax_and_gradient):
     """F.cross_entropy(F.linear(x, weight, bias), target) in nats, without the logits of all rows at once.
 
     x: (n, E), weight: (V, E), bias: (V,), target: (n,) of int64. A scalar. First derivatives only.
+    softmax: `softmax_and_gradient`, or its `Compiled` form.
     """
-    return DecoderLoss.apply(x, weight, bias, target, torch.is_grad_enabled())
+    return DecoderLoss.apply(x, weight, bias, target, softmax if torch.is_grad_enabled() else None)
 
 
 class LanguageModel(nn.Module):
@@ -238,18 +367,20 @@ class LanguageModel(nn.Module):
     vocabulary: V words. embedding_size E; hidden_size H; num_layers: all of size H but the last, which is E so that
     decoder and embedding can be one matrix. window: words the first layer sees; the others see 1, as in AWD's QRNN.
     Dropouts, each in [0, 1): embedding (whole words), input, hidden (between layers), output (locked over time),
-    weight (on the gates' matrix). zoneout as in QRNNLayer.
+    weight (on the gates' matrix). zoneout as in QRNNLayer. compile: train with the `Compiled` forms of stack and softmax.
     """
 
     def __init__(self, vocabulary, embedding_size=400, hidden_size=1550, num_layers=4, *, window=2, dropout_embedding=0.0,
-                 dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0, dropout_weight=0.0, zoneout=0.0):
+                 dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0, dropout_weight=0.0, zoneout=0.0,
+                 compile=False):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)                                         # AWD, section 5
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary))
         self.rnn = QRNN(embedding_size, [hidden_size] * (num_layers - 1) + [embedding_size],
                         window=[window] + [1] * (num_layers - 1), dropout=dropout_hidden,
-                        zoneout=zoneout, weight_dropout=dropout_weight)
+                        zoneout=zoneout, weight_dropout=dropout_weight, compile=compile)
+        self.softmax = Compiled(softmax_and_gradient) if compile else softmax_and_gradient
         self.dropout_embedding, self.dropout_input, self.dropout_output = dropout_embedding, dropout_input, dropout_output
 
     def features(self, tokens, state=None):
@@ -275,7 +406,7 @@ class LanguageModel(nn.Module):
         minimises nll + penalty.
         """
         output, raw, state = self.features(tokens, state)
-        nll = decoder_loss(output.flatten(0, 1), self.embedding.weight, self.decoder_bias, targets.flatten())
+        nll = decoder_loss(output.flatten(0, 1), self.embedding.weight, self.decoder_bias, targets.flatten(), self.softmax)
         penalty = activation * output.square().mean()
         if temporal and len(raw) > 1:
             penalty = penalty + temporal * (raw[1:] - raw[:-1]).square().mean()
@@ -287,7 +418,7 @@ if __name__ == "__main__":
     leaves = [torch.rand(6, 2, 3).requires_grad_(), torch.randn(6, 2, 3).requires_grad_(), torch.randn(2, 3).requires_grad_()]
     weights = torch.randn(6, 2, 3)
     by_autograd = torch.autograd.grad((weights * pool_loop(*leaves)).sum(), leaves)
-    by_hand = torch.autograd.grad((weights * pool(*leaves)).sum(), leaves)
+    by_hand = torch.autograd.grad((weights * pool(*leaves)[0]).sum(), leaves)
     for name, a, b in zip(("f", "z", "c_0"), by_autograd, by_hand):
         print(f"dL/d{name:<4} autograd {a.flatten()[0]:+.6f}   by hand {b.flatten()[0]:+.6f}   "
               f"largest difference {(a - b).abs().max():.1e}")

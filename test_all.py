@@ -42,6 +42,7 @@ from qrnn import QRNN, LanguageModel, QRNNLayer, decoder_loss, locked_dropout, p
 from sgdr import SGDR, run_at
 
 HERE = Path(__file__).resolve().parent
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), reason="no C++ compiler")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 DOUBLE = dict(dtype=torch.float64)
 
@@ -80,20 +81,34 @@ def pool_closed_form(f, z, c0):
 def test_pooling_loop_is_closed_form_is_explicit_function(T, device):
     """The three forms of the pooling agree, in value and in the gradients of f, z and c_0."""
     leaves, weights = gates(T, device=device), torch.randn(T, 3, 4, **DOUBLE).to(device)
-    outputs = [form(*leaves) for form in (pool_loop, pool_closed_form, pool)]
+    outputs = [form(*leaves) for form in (pool_loop, pool_closed_form, lambda *leaves: pool(*leaves)[0])]
     gradients = [torch.autograd.grad((weights * out).sum(), leaves) for out in outputs]
     for out, grads in zip(outputs[1:], gradients[1:]):
         close(out, outputs[0])
         close(grads, gradients[0])
 
 
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_pooling_by_scan(T, monkeypatch):
+    """The scan a GPU compiles, here taken step by step, equals the loop: values, c_T, and the gradients of f, z and c_0."""
+    leaves, weights = gates(T), [torch.randn(T, 3, 4, **DOUBLE), torch.randn(3, 4, **DOUBLE)]
+    results = []
+    for scanned in (False, True):
+        monkeypatch.setattr("qrnn.one_kernel", lambda _: scanned)
+        c, c_T = pool(*leaves)
+        results.append([c, c_T, *torch.autograd.grad((weights[0] * c).sum() + (weights[1] * c_T).sum(), leaves)])
+    close(*results)
+    c = pool_loop(*leaves)
+    close(results[0], [c, c[-1], *torch.autograd.grad((weights[0] * c).sum() + (weights[1] * c[-1]).sum(), leaves)])
+
+
 def test_pooling_gradcheck():
     """The hand-written backward is the derivative, by finite differences, also through strided and broadcast arguments."""
     f, z, c0 = gates()
     assert torch.autograd.gradcheck(pool, (f, z, c0))
-    assert torch.autograd.gradcheck(lambda f, z, c0: pool(f.transpose(0, 1), z.transpose(0, 1), c0.t())[::2],
+    assert torch.autograd.gradcheck(lambda f, z, c0: pool(f.transpose(0, 1), z.transpose(0, 1), c0.t())[0][::2],
                                     (gates(3, 7, 4)[0], gates(3, 7, 4)[1], gates(7, 4, 3)[2]))
-    assert torch.autograd.gradcheck(lambda f, z, c0: pool(f, z, c0).sum(), (f, z, c0))             # G is an expanded scalar
+    assert torch.autograd.gradcheck(lambda f, z, c0: pool(f, z, c0)[0].sum(), (f, z, c0))             # G is an expanded scalar
 
 
 def numpy_qrnn(layers, x):
@@ -194,6 +209,77 @@ def test_bf16_products_stay_near_float32(device):
     assert a != b and abs(a - b) < 0.01 * a
     for g, h in zip(full, half):
         assert (g - h).norm() < 0.05 * g.norm()
+
+
+def three_steps(compile, device, product):
+    """Losses, gradients and states of three chunks of different lengths, the state carried, every random mask in use."""
+    torch.manual_seed(5)
+    s = dataclasses.replace(train.SMALL, mode="dni", embedding_size=24, hidden_size=40, num_layers=3, dropout_embedding=0.1,
+                            dropout_weight=0.3, zoneout=0.1, dni_last_layer=0.3, dni_zoneout=0.1, dni_alpha=1.0, compile=compile)
+    model, optimizer, interface = train.build(s, 60, device)
+    tokens, state, memory, found = torch.randint(60, (90, 4)).to(device), None, None, []
+    for start, stop in ((0, 30), (30, 60), (60, 83)):
+        torch.manual_seed(stop)
+        # g is compiled without a graph in the first chunk, with one in the second; after that nothing may be compiled
+        with torch.compiler.set_stance("fail_on_recompile" if start == 60 else "default"):
+            nll, state, memory = train.train_step(model, optimizer, interface, tokens[start:stop], tokens[start + 1:stop + 1],
+                                                  state, memory, True, s, product)
+        found.append([nll, *(p.grad for p in model.parameters()), *train.border(state), memory and memory[0]])
+    return found[0], found[1], found[2], list(interface.g.parameters())
+
+
+@COMPILER
+@pytest.mark.filterwarnings("error:torch.compile failed")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_is_plain(product, device):
+    """Three steps of training with the compiled forms equal three with the plain ones: every loss, gradient, state, and g.
+
+    To float32 rounding; with bf16 products to 1%. Nothing is compiled again for a chunk of another length.
+    """
+    for ours, theirs in zip(three_steps(True, device, product), three_steps(False, device, product)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a - b).norm() <= (1e-5 if product == torch.float32 else 1e-2) * b.norm()
+
+
+@COMPILER
+@pytest.mark.filterwarnings("error:torch.compile failed")
+def test_compiled_scan_is_plain(monkeypatch):
+    """Two layers compiled with the pooling as a GPU has it, scanned inside the graph, equal the plain ones."""
+    x, results = torch.randn(6, 2, 3).requires_grad_(), []
+    plain = QRNN(3, 4, 2, window=2)
+    monkeypatch.setattr("qrnn.one_kernel", lambda _: torch.compiler.is_compiling())
+    fast = QRNN(3, 4, 2, window=2, compile=True)
+    fast.load_state_dict(plain.state_dict())
+    for qrnn in (plain, fast):
+        h, [(c, _), (d, _)] = qrnn(x)
+        results.append([h, c, d, *torch.autograd.grad(h.square().sum() + c.sum() + d.square().sum(), [x, *qrnn.parameters()])])
+    close(*results)
+
+
+@COMPILER
+def test_without_a_compiler_the_plain_form_serves(tmp_path):
+    """No working C++ compiler: one warning, and the numbers are the plain form's, to the last bit. Mistakes stay the caller's."""
+    code = """
+import torch, warnings
+from qrnn import QRNN
+warnings.simplefilter("always")
+results = []
+for compile in (False, True):
+    torch.manual_seed(0)
+    qrnn = QRNN(5, 4, 2, compile=compile)
+    results += [qrnn(torch.ones(7, 3, 5))[0], qrnn(torch.ones(6, 3, 5))[0]]
+assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+try:
+    qrnn(torch.ones(7, 3, 6))
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=240, env={
+        **os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert run.returncode == 0 and "(T >= 1, B, 5)" in run.stdout, run.stderr
+    assert run.stderr.count("UserWarning: torch.compile failed, so the plain form goes on") == 1, run.stderr
 
 
 # ------------------------------------------------------------------------------------------ 2. causality and streaming
@@ -763,14 +849,13 @@ def test_embedding_dropout_drops_a_word_everywhere():
 def test_weight_dropout_reaches_the_raw_weight():
     """The gradient lands on the parameter itself, zero where its weight was dropped and scaled by 1/(1-p) elsewhere."""
     layer, x = QRNNLayer(5, 4, output_gate=False, weight_dropout=0.5).double(), torch.randn(1, 3, 5, **DOUBLE)
-    torch.manual_seed(7)
-    layer(x)[0].sum().backward()
-    torch.manual_seed(7)
-    mask = F.dropout(torch.ones_like(layer.weight), 0.5)
+    use, _ = masks = layer.draw(x)
+    layer(x, None, masks)[0].sum().backward()
+    mask = use.double() / 0.5
     z, f = F.linear(x, layer.weight * mask, layer.bias).chunk(2, -1)
     expected = torch.autograd.grad(((1 - f.sigmoid()) * z.tanh()).sum(), layer.weight)[0]
     close(layer.weight.grad, expected)
-    assert 0 < (layer.weight.grad == 0).sum() < layer.weight.numel()
+    assert torch.equal(layer.weight.grad == 0, ~use) and 0 < use.sum() < use.numel()
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 
 

@@ -31,6 +31,7 @@ Run `python train.py` with no argument for the small alternating run on the corp
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import json
 import math
@@ -38,6 +39,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +114,7 @@ class Settings:
     device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "of matrix products; auto: bf16 where the processor multiplies it natively. State, "
                                      "gates, loss and optimiser are float32 always", ("auto", "fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile of model and g: the same numbers to rounding, faster after a minute of compiling")
     data_dir: str = setting("", "folder of the PTB and WT2 files; default $QRNN_DATA, else corpora/, where they are downloaded")
 
 
@@ -121,7 +124,7 @@ PAPER = dataclasses.replace(
     dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, clip=0.2, bptt=200, jitter=True, e_base=5.0,
     recall_delay=250)
 PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
-MAY_CHANGE = {"epochs", "max_steps", "device", "precision", "data_dir"}
+MAY_CHANGE = {"epochs", "max_steps", "device", "precision", "compile", "data_dir"}
 
 
 class UserError(Exception):
@@ -274,6 +277,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
     predicted = None
 
     # 1. forward:  L_k, s_{k+1} = model(chunk_k, s_k)
+    optimizer.zero_grad(set_to_none=True)                               # here already, to free their memory
     with mixed:
         nll, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
 
@@ -288,7 +292,6 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
                 future, _ = interface.g(border(new_state), memory)                                 # delta^_{k+1}
 
     # 3. backward:  dL/dtheta = dL_k/dtheta + (ds_{k+1}/dtheta)^T (alpha / T B) delta^_{k+1}  (Eq. 1),  L_k = nll + penalty
-    optimizer.zero_grad(set_to_none=True)
     if synthetic:
         inject(nll + penalty, border(new_state), future, settings.dni_alpha / T_B)
     else:
@@ -381,6 +384,18 @@ def pick_product(name, device):
         able = getattr(torch.cpu, "get_capabilities", dict)()                                      # older torch: unknown
         native = any(able.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
+
+
+def keep_freed_memory():
+    """Ask glibc to keep the memory that a step frees, for the next step takes the same again. Elsewhere, nothing.
+
+    As it comes, every large tensor is a mapping of its own that goes back to the kernel when freed, and whose pages of 4 KB
+    are cleared and mapped one by one when it is next wanted. (Above 32 MB it stays so: among the others it would leave holes.)
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(parameter, value)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -483,13 +498,13 @@ def build(s, vocabulary, device):
     model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers, window=s.window,
                           dropout_embedding=s.dropout_embedding, dropout_input=s.dropout_input,
                           dropout_hidden=s.dropout_hidden, dropout_output=s.dropout_output,
-                          dropout_weight=s.dropout_weight, zoneout=s.zoneout).to(device)
+                          dropout_weight=s.dropout_weight, zoneout=s.zoneout, compile=s.compile).to(device)
     optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.l2, **fused)
     if not uses_synthetic(s):
         return model, optimizer, None
     before = random_state(device)                                       # put back: every mode draws the same dropout masks
     if s.dni == "neuron":
-        g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer).to(device)
+        g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer, s.compile).to(device)
     else:
         g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], s.dni_hidden, s.dni_noise, s.dni_last_layer).to(device)
     set_random_state(before, device)
@@ -580,6 +595,8 @@ class ProgressLine:
 def main(argv):
     """Train, test the best model, return the exit status. Raises UserError, CorpusError, NotFinite, OSError."""
     s, out, resume = parse(argv)
+    keep_freed_memory()
+    warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
     device = pick_device(s.device)
     product = pick_product(s.precision, device)
     corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
@@ -616,7 +633,8 @@ def main(argv):
         print(f"{corpus.name}: {fact} {value:.4f}")
     print(f"model of {parameters(model):,} parameters"
           + (f", {s.dni}-wise DNI of {parameters(interface.g):,}" if interface else "")
-          + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads; in {out}", flush=True)
+          + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+          + (", compiled during the first steps" if s.compile else "") + f"; in {out}", flush=True)
 
     def keep(name, **content):
         save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "corpus": corpus.fingerprint(), **content}, out / name)
