@@ -309,10 +309,13 @@ def softmax_and_gradient(logits, bias, y):
 
     With l_i = logits_i + bias, nll = sum_i(logsumexp(l_i) - l_i[y_i]) and dnll/dl_i = softmax(l_i) - onehot(y_i).
     """
-    log_p = (logits.to(bias.dtype) + bias).log_softmax(-1)                                         # (n, V)
-    log_p_y = log_p.gather(1, y[:, None])[:, 0]                                                    # (n,)
-    gradient = log_p.exp().to(logits.dtype)
-    gradient[torch.arange(len(y), device=y.device), y] = (log_p_y.exp() - 1).to(logits.dtype)
+    l = logits.to(bias.dtype) + bias                                                        # (n, V)
+    top = l.amax(-1, keepdim=True)
+    exp = (l - top).exp()
+    total = exp.sum(-1, keepdim=True)                                                              # (n, 1)
+    log_p_y = l.gather(1, y[:, None]) - top - total.log()
+    gradient = (exp * (1 / total)).to(logits.dtype)
+    gradient[torch.arange(len(y), device=y.device), y] = (log_p_y.exp() - 1).to(logits.dtype)[:, 0]
     return -log_p_y.sum(), gradient
 
 

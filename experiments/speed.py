@@ -1,0 +1,281 @@
+"""How fast, against what: one run, side by side, as tables or JSON.
+
+    python experiments/speed.py                        about 25 minutes on two CPU cores
+    python experiments/speed.py --sizes small          the small preset only
+    python experiments/speed.py --json speed.json      the same figures for a program
+
+Contestants take turns, round after round, in one process: plain and compiled forms, BPTT and DNI, and beside them their FLOOR,
+the matrix products of the same step and nothing else (for y = x W^T: y itself, dW = dy^T x and dx = dy W). A time is the median
+over the rounds. A ratio is the median of the rounds' own ratios, so that a machine whose speed drifts drifts in both.
+
+Peak memory and the time to compile are taken from a fresh process for each contestant, the compiler's cache empty.
+Nothing else should run meanwhile.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train                                                                                       # noqa: E402
+from qrnn import QRNN, pool, pool_loop                                                             # noqa: E402
+
+PRESETS = {"small": train.SMALL, "paper": dataclasses.replace(train.PAPER, jitter=False)}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARY = 10_000                                                                                # PTB's
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+def seconds(function, device):
+    """The time of one call, a GPU's queue emptied before and after."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def side_by_side(contestants, rounds, device, title):
+    """{name: function} -> {name: [seconds of each round]}; all of them take their turn in each round. Two rounds of warm-up."""
+    times = {name: [] for name in contestants}
+    for i in range(-2, rounds):
+        print(f"\r\033[K{title}: round {max(i + 1, 0)} of {rounds}", end="", file=sys.stderr, flush=True)
+        for name, function in contestants.items():
+            taken = seconds(function, device)
+            if i >= 0:
+                times[name].append(taken)
+    print("\r\033[K", end="", file=sys.stderr)
+    return times
+
+
+def ratio(times, name, other):
+    """Median over the rounds of time(name) / time(other) in the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[other]))
+
+
+def row(times, name, other, **more):
+    return dict(what=name, ms=1e3 * statistics.median(times[name]), against=other, ratio=ratio(times, name, other), **more)
+
+
+# --------------------------------------------------------------------------------------------------------- contestants
+
+def products(shapes, rows, kind, device):
+    """The matrix products of layers y = x W^T, forward and backward. shapes: [(inputs, outputs)]; rows of x: T B."""
+    layers = [(torch.randn(rows, i, device=device).to(kind), torch.randn(o, i, device=device).to(kind),
+               torch.randn(rows, o, device=device).to(kind)) for i, o in shapes]
+
+    def run():
+        for x, w, dy in layers:
+            x @ w.t(), dy.t() @ x, dy @ w
+    return run
+
+
+def layer(module, T, B, H, kind, device):
+    """Forward and backward of a recurrent module on T steps of B streams, a gradient arriving at every output."""
+    module.to(device).train()
+    x, G = torch.randn(T, B, H, device=device).requires_grad_(), torch.randn(T, B, H, device=device)
+
+    def run():
+        with torch.autocast(device, kind, kind != torch.float32):
+            y, _ = module(x)
+        torch.autograd.grad(y, [x, *module.parameters()], G.to(y.dtype))
+    return run
+
+
+def pooling(form, T, B, H, device):
+    """Forward and backward of the recurrence alone."""
+    f, z, c0 = (a.to(device).requires_grad_() for a in (torch.rand(T, B, H), torch.randn(T, B, H), torch.randn(B, H)))
+    G = torch.randn(T, B, H, device=device)
+
+    def run():
+        c = form(f, z, c0)
+        torch.autograd.grad(c if torch.is_tensor(c) else c[0], [f, z, c0], G)
+    return run
+
+
+def indexing_loop(f, z, c0):
+    """pool_loop, but with f[t] for the t-th step: the gradient of each such index is a (T, B, H) of zeros but for one row."""
+    c, states = c0, []
+    for t in range(len(f)):
+        c = f[t] * c + (1 - f[t]) * z[t]
+        states.append(c)
+    return torch.stack(states)
+
+
+def step(preset, mode, compiled, kind, device):
+    """A whole training step of train.py on random text: forward, backward, g in mode dni, clipping, Adam."""
+    s = dataclasses.replace(PRESETS[preset], mode=mode, compile=compiled)
+    model, optimizer, interface = train.build(s, VOCABULARY, device)
+    model.train()
+    text = torch.randint(VOCABULARY, (s.bptt + 1, s.batch_size), device=device)
+    carried = [None, None]
+
+    def run():
+        _, *carried[:] = train.train_step(model, optimizer, interface, text[:-1], text[1:], *carried, mode == "dni", s, kind)
+    return run
+
+
+def shapes_of(s):
+    """(inputs, outputs) of the products in a step: each layer's gates, and the decoder."""
+    sizes = [s.embedding_size] + [s.hidden_size] * (s.num_layers - 1) + [s.embedding_size]
+    return [(i * (s.window if n == 0 else 1), 3 * o) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))] + [(s.embedding_size, VOCABULARY)]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+def layers_table(sizes, rounds, device):
+    rows = []
+    for preset in sizes:
+        s = PRESETS[preset]
+        T, B, H = s.bptt, s.batch_size, s.hidden_size
+        contestants = {f"LSTM {name}": layer(nn.LSTM(H, H), T, B, H, kind, device) for name, kind in TYPES.items()}
+        for name, kind in TYPES.items():
+            contestants[f"products {name}"] = products([(H, 3 * H)], T * B, kind, device)
+            contestants[f"plain {name}"] = layer(QRNN(H, H), T, B, H, kind, device)
+            contestants[f"compiled {name}"] = layer(QRNN(H, H, compile=True), T, B, H, kind, device)
+        times = side_by_side(contestants, rounds, device, f"layer, {preset}")
+        fastest = min(("LSTM fp32", "LSTM bf16"), key=lambda name: statistics.median(times[name]))
+        for name in contestants:
+            rows.append(row(times, name, "products " + name[-4:], size=f"H={H} T={T} B={B}", lstm=ratio(times, fastest, name)))
+    return rows
+
+
+def pooling_table(sizes, rounds, device):
+    rows = []
+    for preset in sizes:
+        s = PRESETS[preset]
+        size = s.bptt, s.batch_size, s.hidden_size
+        forms = {"pool": pool, "pool_loop": pool_loop, "pool_loop, indexing f[t]": indexing_loop}
+        times = side_by_side({name: pooling(form, *size, device) for name, form in forms.items()}, rounds, device, f"pooling, {preset}")
+        rows += [row(times, name, "pool", size="T={} B={} H={}".format(*size)) for name in forms]
+    return rows
+
+
+def steps_table(sizes, rounds, device):
+    rows = []
+    for preset in sizes:
+        s = PRESETS[preset]
+        for name, kind in TYPES.items():
+            contestants = {"products": products(shapes_of(s), s.bptt * s.batch_size, kind, device)}
+            for form in ("plain", "compiled"):
+                for mode in ("bptt", "dni"):
+                    contestants[f"{mode} {form}"] = step(preset, mode, form == "compiled", kind, device)
+            times = side_by_side(contestants, rounds, device, f"step, {preset}, {name}")
+            for what in contestants:
+                mode, _, form = what.partition(" ")
+                rows.append(row(times, what, "products", preset=preset, precision=name,
+                                dni_bptt=ratio(times, what, f"bptt {form}") if mode == "dni" else None,
+                                tokens=s.bptt * s.batch_size / statistics.median(times[what]) if form else None))
+    return rows
+
+
+def growth_table(rounds, device):
+    """One compiled layer, bf16 on: time against T at H = 1550, and against H at T = 200."""
+    def contestant(T, H):
+        return layer(networks.setdefault(H, QRNN(H, H, compile=True)), T, 20, H, torch.bfloat16, device)
+    networks, rows = {}, []
+    for axis, values, fixed in (("T", (50, 100, 200, 400, 800), 1550), ("H", (200, 400, 800, 1600), 200)):
+        times = side_by_side({n: contestant(n, fixed) if axis == "T" else contestant(fixed, n) for n in values},
+                             rounds, device, f"growth with {axis}")
+        rows += [row(times, n, values[0], axis=axis, times=n / values[0]) for n in values]
+    return rows
+
+
+def fresh_process_table(sizes, device):
+    rows = []
+    for preset in sizes:
+        for name in TYPES:
+            for form in ("plain", "compiled"):
+                for mode in ("bptt", "dni"):
+                    with tempfile.TemporaryDirectory() as cache:
+                        print(f"\r\033[Kmemory and compilation: {preset} {name} {mode} {form}", end="", file=sys.stderr, flush=True)
+                        run = subprocess.run([sys.executable, __file__, "--one", preset, mode, form, name, device], check=True,
+                                             capture_output=True, text=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache})
+                    rows.append(dict(preset=preset, precision=name, what=f"{mode} {form}", **json.loads(run.stdout.splitlines()[-1])))
+    print("\r\033[K", end="", file=sys.stderr)
+    return rows
+
+
+def one(preset, mode, form, name, device):
+    """In a process of its own: eight steps; what they took beyond the usual is compilation. Prints a line of JSON."""
+    train.keep_freed_memory()
+    run = step(preset, mode, form == "compiled", TYPES[name], device)
+    taken = [seconds(run, device) for _ in range(8)]
+    usual = statistics.median(taken[3:])
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        status = Path("/proc/self/status")                             # (getrusage would count the parent's memory in)
+        peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else math.nan
+    print(json.dumps(dict(peak_gb=peak / 1e9, compile_s=sum(taken[:3]) - 3 * usual if form == "compiled" else None)))
+
+
+HEADS = dict(what="", ms="ms", ratio="times", lstm="faster than nn.LSTM", dni_bptt="against bptt", tokens="tokens/s", size="size",
+             preset="preset", precision="products in", against="of", axis="along", times="times as much", peak_gb="peak GB",
+             compile_s="compiling, s")
+
+
+def show(title, rows, columns):
+    def cell(value):
+        return "" if value is None else f"{value:,.0f}" if isinstance(value, float) and value >= 100 else \
+            f"{value:.3g}" if isinstance(value, float) and value < 0.995 else f"{value:.2f}" if isinstance(value, float) else str(value)
+    print(f"\n{title}\n\n| " + " | ".join(HEADS[c] for c in columns) + " |\n|" + "---|" * len(columns))
+    for r in rows:
+        print("| " + " | ".join(cell(r.get(c)) for c in columns) + " |")
+    sys.stdout.flush()
+
+
+def processor():
+    try:
+        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="How fast is it, side by side with its floor and with nn.LSTM?")
+    parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        return one(*arguments.one)
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    sizes, rounds, device = arguments.sizes, arguments.rounds, arguments.device
+    train.keep_freed_memory()
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+    print(f"{machine}; torch {torch.__version__}, Python {platform.python_version()}; {rounds} rounds")
+    tables = {}
+    for name, title, make, columns in (
+            ("layer", "One layer, forward and backward", lambda: layers_table(sizes, rounds, device), "size what ms ratio against lstm"),
+            ("pooling", "The pooling alone, forward and backward, float32; the loops under autograd", lambda: pooling_table(sizes, rounds, device), "size what ms ratio against"),
+            ("step", "A whole training step", lambda: steps_table(sizes, rounds, device), "preset precision what ms ratio against dni_bptt tokens"),
+            ("growth", "Growth of a compiled layer, products in bf16", lambda: growth_table(rounds, device) if "paper" in sizes else [],
+             "axis what ms ratio times"),
+            ("process", "A process of its own", lambda: fresh_process_table(sizes, device), "preset precision what peak_gb compile_s")):
+        tables[name] = make()
+        if tables[name]:
+            show(title, tables[name], columns.split())
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(dict(machine=machine, torch=torch.__version__, rounds=rounds, **tables), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
