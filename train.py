@@ -390,11 +390,11 @@ def keep_freed_memory():
     """Ask glibc to keep the memory that a step frees, for the next step takes the same again. Elsewhere, nothing.
 
     As it comes, every large tensor is a mapping of its own that goes back to the kernel when freed, and whose pages of 4 KB
-    are cleared and mapped one by one when it is next wanted. (Above 32 MB it stays so: among the others it would leave holes.)
+    are cleared and mapped one by one when it is next wanted. The price is some memory lost in holes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             mallopt(parameter, value)
 
 

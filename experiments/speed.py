@@ -1,7 +1,7 @@
 """How fast, against what: one run, side by side, as tables or JSON.
 
     python experiments/speed.py                        about 25 minutes on two CPU cores
-    python experiments/speed.py --sizes small          the small preset only
+    python experiments/speed.py --sizes small          the small preset only (--tables: some of the tables only)
     python experiments/speed.py --json speed.json      the same figures for a program
 
 Contestants take turns, round after round, in one process: plain and compiled forms, BPTT and DNI, and beside them their FLOOR,
@@ -183,19 +183,22 @@ def steps_table(sizes, rounds, device):
     return rows
 
 
-def growth_table(rounds, device):
-    """One compiled layer, bf16 on: time against T at H = 1550, and against H at T = 200."""
-    def contestant(T, H):
-        return layer(networks.setdefault(H, QRNN(H, H, compile=True)), T, 20, H, torch.bfloat16, device)
+def growth_table(_, rounds, device):
+    """One compiled layer and its products: time against T at H = 1550, and against H at T = 200."""
     networks, rows = {}, []
-    for axis, values, fixed in (("T", (50, 100, 200, 400, 800), 1550), ("H", (200, 400, 800, 1600), 200)):
-        times = side_by_side({n: contestant(n, fixed) if axis == "T" else contestant(fixed, n) for n in values},
-                             rounds, device, f"growth with {axis}")
-        rows += [row(times, n, values[0], axis=axis, times=n / values[0]) for n in values]
+    for axis, values in (("T", (50, 100, 200, 400, 800)), ("H", (200, 400, 800, 1600))):
+        contestants = {}
+        for n in values:
+            T, H = (n, 1550) if axis == "T" else (200, n)
+            contestants[f"layer {n}"] = layer(networks.setdefault(H, QRNN(H, H, compile=True)), T, 20, H, torch.bfloat16, device)
+            contestants[f"products {n}"] = products([(H, 3 * H)], T * 20, torch.bfloat16, device)
+        times = side_by_side(contestants, rounds, device, f"growth with {axis}")
+        rows += [row(times, f"layer {n}", f"layer {values[0]}", axis=axis, larger=n / values[0], floor=ratio(times, f"layer {n}", f"products {n}"),
+                     products=ratio(times, f"products {n}", f"products {values[0]}")) for n in values]
     return rows
 
 
-def fresh_process_table(sizes, device):
+def process_table(sizes, _, device):
     rows = []
     for preset in sizes:
         for name in TYPES:
@@ -224,8 +227,14 @@ def one(preset, mode, form, name, device):
     print(json.dumps(dict(peak_gb=peak / 1e9, compile_s=sum(taken[:3]) - 3 * usual if form == "compiled" else None)))
 
 
+TABLES = {
+    "layer": ("One layer, forward and backward", "size what ms ratio against lstm", layers_table),
+    "pooling": ("The pooling alone, forward and backward, float32; the loops under autograd", "size what ms ratio against", pooling_table),
+    "step": ("A whole training step", "preset precision what ms ratio against dni_bptt tokens", steps_table),
+    "growth": ("Growth of a compiled layer with T and with H, products in bf16", "axis what larger ms ratio products floor", growth_table),
+    "process": ("In a process of its own", "preset precision what peak_gb compile_s", process_table)}
 HEADS = dict(what="", ms="ms", ratio="times", lstm="faster than nn.LSTM", dni_bptt="against bptt", tokens="tokens/s", size="size",
-             preset="preset", precision="products in", against="of", axis="along", times="times as much", peak_gb="peak GB",
+             preset="preset", precision="products in", against="of", axis="along", larger="of a size, times", products="its products, times", floor="of its products", peak_gb="peak GB",
              compile_s="compiling, s")
 
 
@@ -249,6 +258,7 @@ def processor():
 def main():
     parser = argparse.ArgumentParser(description="How fast is it, side by side with its floor and with nn.LSTM?")
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which of the tables; all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE")
@@ -263,16 +273,10 @@ def main():
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}, Python {platform.python_version()}; {rounds} rounds")
     tables = {}
-    for name, title, make, columns in (
-            ("layer", "One layer, forward and backward", lambda: layers_table(sizes, rounds, device), "size what ms ratio against lstm"),
-            ("pooling", "The pooling alone, forward and backward, float32; the loops under autograd", lambda: pooling_table(sizes, rounds, device), "size what ms ratio against"),
-            ("step", "A whole training step", lambda: steps_table(sizes, rounds, device), "preset precision what ms ratio against dni_bptt tokens"),
-            ("growth", "Growth of a compiled layer, products in bf16", lambda: growth_table(rounds, device) if "paper" in sizes else [],
-             "axis what ms ratio times"),
-            ("process", "A process of its own", lambda: fresh_process_table(sizes, device), "preset precision what peak_gb compile_s")):
-        tables[name] = make()
-        if tables[name]:
-            show(title, tables[name], columns.split())
+    for name in arguments.tables:
+        title, columns, make = TABLES[name]
+        tables[name] = make(sizes, rounds, device)
+        show(title, tables[name], columns.split())
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(dict(machine=machine, torch=torch.__version__, rounds=rounds, **tables), indent=1) + "\n")
 
