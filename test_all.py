@@ -890,13 +890,13 @@ def epoch_of(watch=lambda model, interface: None, **changes):
     """
     s = dataclasses.replace(train.SMALL, embedding_size=8, hidden_size=12, bptt=20, **changes)
     model, optimizer, interface = train.build(s, 30, "cpu")
-    schedule, stops, used = train.make_schedule(s, optimizer), [0], []
+    schedule, place, stops, used = train.make_schedule(s, optimizer), train.Place(), [0], []
     optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
     rates, sources = [], []
     watch(model, interface)
     inputs, targets = data.streams(torch.arange(1601) % 29, 4)
-    train.train_epoch(0, 0, model, optimizer, schedule, interface, inputs, targets, s, torch.float32,
-                      progress=lambda *a: (stops.append(a[-1]), rates.append(a[4]), sources.append(a[3])))
+    for _ in train.train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s, torch.float32):
+        stops.append(place.start), rates.append(place.rate), sources.append(place.source)
     return optimizer, schedule, list(zip([b - a for a, b in zip(stops, stops[1:])], rates, used, sources, strict=True))
 
 
@@ -991,7 +991,7 @@ def log_of(folder):
 @pytest.mark.parametrize("mode", [["bptt"], ["dni"], ["restart"], ["restart", "--gradient", "synthetic"], ["alternating"],
                                   ["alternating", "--dni", "layer"]], ids=" ".join)
 def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
-    """Interrupted between two epochs and resumed, a run logs what the straight run logs, bit for bit, and tests the same."""
+    """Interrupted within an epoch and resumed, a run logs what the straight run logs, bit for bit, and tests the same."""
     arguments = ["--data", corpus, "--mode", *mode, *TINY, "--jitter", "--lr", "0.02"]
     straight = program(*arguments, "--epochs", 4, "--out", tmp_path / "straight")
     assert straight.returncode == 0, straight.stderr
@@ -1004,33 +1004,84 @@ def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
     assert (rows[2][6] != "nan") == (sources != "rrrr")                                            # a cosine is logged
     assert float(rows[-1][5]) < float(rows[0][5])                                                  # it learns
 
-    half = program(*arguments, "--epochs", 2, "--out", tmp_path / "half")
-    assert half.returncode == 0, half.stderr
-    resumed = program("--resume", tmp_path / "half", "--epochs", 4)
-    assert resumed.returncode == 0, resumed.stderr
+    for how, steps in ((arguments + ["--epochs", 4, "--out"], 45), (["--resume"], 0)):               # 31 steps an epoch, or a few more
+        resumed = program(*how, tmp_path / "half", "--max-steps", steps)
+        assert resumed.returncode == 0, resumed.stderr
     assert log_of(tmp_path / "half") == log_of(tmp_path / "straight")
     assert resumed.stdout.strip().split("\n")[-1] == last
     weights = [torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("half", "straight")]
     assert all(torch.equal(a, b) for a, b in zip(*(w["model"].values() for w in weights)))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
-def test_ctrl_c_ends_cleanly_with_the_best_model_tested(corpus, tmp_path):
-    """SIGINT: the best model is tested, the line before says how to go on, status 130, and --resume does go on."""
-    process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), "--data", str(corpus), *TINY, "--epochs", "100000",
-                                "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(number, corpus, tmp_path):
+    """SIGINT and SIGTERM: saved within the epoch, one line says how to go on, and going on ends as the straight run does."""
+    arguments = ["--data", corpus, *TINY, "--seed", 7, "--epochs", 40]
+    straight = program(*arguments, "--out", tmp_path / "straight")
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), *map(str, arguments), "--out", str(tmp_path / "run")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not process.stdout.readline().startswith("epoch   2"):
             assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert "--resume" in out and out.strip().split("\n")[-1].startswith("test perplexity ")
-    epochs = len(log_of(tmp_path / "run")) - 1
-    resumed = program("--resume", tmp_path / "run", "--epochs", epochs + 1)
-    assert resumed.returncode == 0 and len(log_of(tmp_path / "run")) == epochs + 2, resumed.stderr
+    assert process.returncode == 128 + number and not err, err
+    assert out.strip().split("\n")[-1].endswith(f"go on with --resume {tmp_path / 'run'}")
+    resumed = program("--resume", tmp_path / "run")
+    assert resumed.returncode == 0 and log_of(tmp_path / "run") == log_of(tmp_path / "straight"), resumed.stderr
+    assert resumed.stdout.split("\n")[-2] == straight.stdout.split("\n")[-2]
+
+
+@pytest.mark.parametrize("damage", ["nothing left", "half of it", "one bit", "gone"])
+def test_a_damaged_checkpoint_is_not_used(damage, corpus, tmp_path):
+    """The newest checkpoint damaged: one line says so, and the one before leads to the same end. Both damaged: a refusal."""
+    run, last = tmp_path / "run", tmp_path / "run" / "last.pt"
+    assert train.command(["--data", str(corpus), *TINY, "--epochs", "3", "--out", str(run)]) == 0
+    log, good = log_of(run), last.read_bytes()
+    spoilt = {"nothing left": b"", "half of it": good[:len(good) // 2], "gone": b"",
+              "one bit": good[:len(good) // 3] + bytes([good[len(good) // 3] ^ 4]) + good[len(good) // 3 + 1:]}[damage]
+    last.write_bytes(spoilt)
+    if damage == "gone":
+        last.unlink()
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert train.command(["--resume", str(run)]) == 0
+    assert err.getvalue().endswith(f"; going on from {run / 'previous.pt'}\n") and err.getvalue().count("\n") == 1
+    assert log_of(run) == log
+    for name in ("last.pt", "previous.pt"):
+        (run / name).write_bytes(spoilt)
+    assert "cannot be read" in bad_input("--resume", run)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
+    """Where there is no room for the new file, the old one stays, and nothing is left beside it."""
+    path = tmp_path / "last.pt"
+    train.save({"settings": {}, "x": torch.ones(3)}, path)
+    before, open_file = path.read_bytes(), open
+    monkeypatch.setattr("builtins.open", lambda name, *a, **k: open_file("/dev/full" if str(name).endswith("partial") else name, *a, **k))
+    with pytest.raises((train.UserError, OSError), match="(?s)cannot be written|No space left"):
+        train.save({"settings": {}, "x": torch.zeros(3)}, path)
+    assert path.read_bytes() == before and train.read_checkpoint(path)["x"].sum() == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
+def test_faults_are_survived():
+    """The fast part of experiments/faults.py: three kills, every damage to a checkpoint, a full disk, every bad input."""
+    run = subprocess.run([sys.executable, str(HERE / "experiments" / "faults.py"), "--kills", "3"], capture_output=True, text=True, timeout=800)
+    assert run.returncode == 0, "\n".join(line for line in run.stdout.split("\n") if "NOT SURVIVED" in line) + run.stderr
+
+
+def test_two_runs_do_not_share_a_folder(corpus, tmp_path):
+    """While one run holds a folder, another that would resume it is refused; when it ends, it may."""
+    assert train.command(["--data", str(corpus), *TINY, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    held = train.lock(tmp_path)
+    assert "another run is at work" in bad_input("--resume", tmp_path, "--epochs", 2)
+    held.close()
+    assert train.command(["--resume", str(tmp_path), "--epochs", "2"]) == 0
 
 
 def test_the_best_model_is_the_one_tested(corpus, tmp_path):

@@ -33,6 +33,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import io
 import json
 import math
 import os
@@ -40,10 +41,16 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+if os.name == "posix":
+    import fcntl
+else:
+    import msvcrt
 
 from data import CorpusError, load_corpus, streams, unigram_perplexity
 from dni import Agreement, LayerDNI, NeuronDNI, inject, regress
@@ -113,7 +120,8 @@ class Settings:
     # machine; these may change when a run is resumed, and so may epochs and max_steps
     device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "of matrix products; auto: bf16 where the processor multiplies it natively. State, "
-                                     "gates, loss and optimiser are float32 always", ("auto", "fp32", "bf16"))
+                                     "gates, loss and optimiser are float32 always; fp32 on a GPU is TF32", ("auto", "fp32", "bf16"))
+    checkpoint_every: float = setting(10.0, "minutes between checkpoints within an epoch, 0: after every step; there is one after each epoch")
     compile: bool = setting(False, "torch.compile of model and g: the same numbers to rounding, faster after a minute of compiling")
     data_dir: str = setting("", "folder of the PTB and WT2 files; default $QRNN_DATA, else corpora/, where they are downloaded")
 
@@ -124,7 +132,7 @@ PAPER = dataclasses.replace(
     dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, clip=0.2, bptt=200, jitter=True, e_base=5.0,
     recall_delay=250)
 PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
-MAY_CHANGE = {"epochs", "max_steps", "device", "precision", "compile", "data_dir"}
+MAY_CHANGE = {"epochs", "max_steps", "device", "precision", "checkpoint_every", "compile", "data_dir"}
 
 
 class UserError(Exception):
@@ -167,7 +175,7 @@ def parse(argv):
     if resume is not None:
         if out or preset:
             raise UserError("--resume goes on in its own folder with its own settings: leave --out and --preset away")
-        before = read_checkpoint(Path(resume) / "last.pt")["settings"]
+        before = read_newest(Path(resume))["settings"]
         changed = [f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})" for name, value in given.items()
                    if name not in MAY_CHANGE and before.get(name) != value]
         if changed:
@@ -196,7 +204,7 @@ def check(s, given=()):
         need(0 <= getattr(s, name) < 1, name, "in [0, 1)")
     for name in ("lr", "clip", "e_base", "dni_lr"):
         need(0 < getattr(s, name) < math.inf or (name == "clip" and getattr(s, name) == math.inf), name, "above 0")
-    for name in ("activation", "temporal", "l2", "dni_alpha", "dni_l2", "dni_noise", "dni_last_layer", "dni_warmup"):
+    for name in ("activation", "temporal", "l2", "dni_alpha", "dni_l2", "dni_noise", "dni_last_layer", "dni_warmup", "checkpoint_every"):
         need(0 <= getattr(s, name) < math.inf, name, "0 or more")
     need(s.max_steps >= 0, "max_steps", "0 or more")
     need(0 <= s.seed < 2 ** 63, "seed", "a whole number from 0 to 2^63 - 1")
@@ -270,7 +278,8 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
 
     inputs, targets: (T, B). state: s_k from `cut`, or None at the beginning of a text. memory: h_g or None.
     interface: None where no g is to be trained. synthetic: whether g's gradient crosses the border ahead.
-    product: the type of matrix products. Raises NotFinite before the weights are touched.
+    product: the type of matrix products. Raises NotFinite before the weights are touched; on a GPU, which would have to be
+    waited for, it returns a loss that is not a number instead.
     """
     T_B = inputs.numel()
     mixed = torch.autocast(inputs.device.type, product, product != torch.float32)
@@ -279,7 +288,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
     # 1. forward:  L_k, s_{k+1} = model(chunk_k, s_k)
     optimizer.zero_grad(set_to_none=True)                               # here already, to free their memory
     with mixed:
-        nll, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
+        loss, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
 
     # 2. synthesise:  delta^_{k+1} = g(s_{k+1}, h_g; phi), without a graph. h_g has to see s_k first; that forward,
     #    which has a graph, is the prediction delta^_k that step 4 corrects. g learns one border at a time: h_g is detached.
@@ -291,31 +300,32 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
             with torch.no_grad():
                 future, _ = interface.g(border(new_state), memory)                                 # delta^_{k+1}
 
-    # 3. backward:  dL/dtheta = dL_k/dtheta + (ds_{k+1}/dtheta)^T (alpha / T B) delta^_{k+1}  (Eq. 1),  L_k = nll + penalty
+    # 3. backward:  dL/dtheta = dL_k/dtheta + (ds_{k+1}/dtheta)^T (alpha / T B) delta^_{k+1}  (Eq. 1),  L_k = loss + penalty
     if synthetic:
-        inject(nll + penalty, border(new_state), future, settings.dni_alpha / T_B)
+        inject(loss + penalty, border(new_state), future, settings.dni_alpha / T_B)
     else:
-        (nll + penalty).backward()
+        (loss + penalty).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    if not torch.isfinite(nll + norm):
-        raise NotFinite(f"loss {nll.item()}, gradient norm {norm.item()}; try a lower --lr or --dni-alpha")
+    nll = loss.detach() + 0 * norm                                       # not a number where one of them is not finite
+    if not nll.is_cuda and not torch.isfinite(nll):
+        raise NotFinite(f"loss {loss.item()}, gradient norm {norm.item()}; try a lower --lr or --dni-alpha")
 
     # 4. regress:  phi <- phi - Adam(d/dphi mean (delta^_k - delta_k)^2),  delta_k = T B s_k.grad, left by step 3
     if predicted:
         target = [T_B * c.grad for c in border(state)]
         interface.agreement.update(predicted, target)
         error = regress(interface.optimizer, predicted, target)
-        if not torch.isfinite(error):
-            raise NotFinite(f"loss {nll.item()}, squared error of the DNI {error.item()}; try a lower --dni-lr")
+        nll = nll + 0 * error
+        if not nll.is_cuda and not torch.isfinite(error):
+            raise NotFinite(f"loss {loss.item()}, squared error of the DNI {error.item()}; try a lower --dni-lr")
 
     # 5. step
     optimizer.step()
-    return nll.detach(), cut(new_state), memory
+    return nll, cut(new_state), memory
 
 
-def chunk_borders(length, settings):
-    """Yield (start, stop) of the chunks of a text of `length` steps; the last one is what is left."""
-    start = 0
+def chunk_borders(length, settings, start=0):
+    """Yield (start, stop) of the chunks of a text of `length` steps, from `start` on; the last one is what is left."""
     while start < length:
         steps = settings.bptt
         if settings.jitter:                                                                        # authors' code
@@ -401,33 +411,80 @@ def keep_freed_memory():
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 @contextlib.contextmanager
-def replacing(path):
-    """Gives the name of a file to write beside `path`, then renames it: what was there stays whole until the new one is."""
+def replacing(path, keep=None):
+    """Gives a binary file to write beside `path`; then it is flushed to the disk and takes the name `path`.
+
+    So `path` is whole at every moment, whatever breaks off in between. keep: a name for what `path` was before.
+    """
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
-
-
-def save(content, path):
     try:
-        with replacing(path) as partial:
-            torch.save(content, partial)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)                                 # give a full disk its room back
+        raise
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(partial, path)
+    if os.name == "posix":                                              # the names, too, are to outlive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save(content, path, keep=None):
+    """Write a checkpoint. Its numbers lie in a zip file, which has a checksum of each of its parts."""
+    try:
+        with replacing(path, keep) as file:
+            torch.save(content, file)
     except RuntimeError as error:                                       # what torch makes of a full disk
-        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{path} cannot be written ({' '.join(str(error).split())[:120]}); what was there before is unharmed") from None
 
 
 def read_checkpoint(path):
     """What `save` wrote, as plain numbers and tensors: nothing in the file can run code. UserError where it is not that."""
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()                                    # reads all and compares the checksums
+        if damaged:
+            raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is not there: nothing to resume") from None
-    except Exception as error:                                             # torch.load raises half a dozen kinds
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+    except Exception as error:                                          # torch.load raises half a dozen kinds
+        raise UserError(f"{path} cannot be read as a checkpoint: damaged, or another kind of file ({type(error).__name__})") from None
     known = {f.name for f in dataclasses.fields(Settings)}
     if not isinstance(content, dict) or not set(content.get("settings", [None])) <= known:
         raise UserError(f"{path} is not a checkpoint of this version of train.py")
     return content
+
+
+def read_newest(folder, say=True):
+    """The folder's last.pt, or, where that is damaged or lost, the one before it, saying so."""
+    try:
+        return read_checkpoint(folder / "last.pt")
+    except UserError as error:
+        if not (folder / "previous.pt").exists():
+            raise
+        content = read_checkpoint(folder / "previous.pt")
+        if say:
+            print(f"train.py: {error}; going on from {folder / 'previous.pt'}", file=sys.stderr)
+        return content
+
+
+def lock(folder):
+    """Keep every other run out of `folder` for as long as the file returned is open, that is, until this process ends."""
+    file = open(folder / "lock", "w")
+    try:
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        raise UserError(f"another run is at work in {folder}; name another --out, or wait for it") from None
+    return file
 
 
 def restore(parts, checkpoint, path):
@@ -437,6 +494,13 @@ def restore(parts, checkpoint, path):
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is a checkpoint of another model or corpus: {reason[:160]}") from None
+
+
+def to_device(value, device):
+    """Tensors, in lists and tuples, moved; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(v, device) for v in value)
+    return value.detach().to(device) if torch.is_tensor(value) else value
 
 
 def random_state(device):
@@ -460,7 +524,7 @@ def output_folder(out, settings):
         while out.exists():
             n += 1
             out = Path("runs") / f"{name}-{n}"
-    elif (out / "log.csv").exists() or (out / "last.pt").exists():
+    elif any((out / name).exists() for name in ("log.csv", "last.pt", "previous.pt")):
         raise UserError(f"{out} already holds a run: go on with --resume {out}, or name another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out
@@ -470,9 +534,10 @@ COLUMNS = ("epoch", "run", "gradient", "learning_rate", "train_perplexity", "val
 
 
 def write_log(rows, path):
-    with replacing(path) as partial:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([COLUMNS, *rows])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 # --------------------------------------------------------------------------------------------------------- the training
@@ -511,84 +576,95 @@ def build(s, vocabulary, device):
     return model, optimizer, Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused), Agreement())
 
 
-class Epoch(NamedTuple):
-    """What one pass over the training text came to."""
-    nll: float         # nats a token, dropout on
-    run: int           # of its last step, as are the next two
-    source: str
-    rate: float
-    agreement: tuple   # (cosine, R^2) of g, nan without one
-    chunks: int
-    steps: int         # of time, all chunks together: L, or less where it was cut short
+@dataclasses.dataclass
+class Place:
+    """Where a run is: with the weights, Adam's moments and the random generators, all that it takes to go on from there."""
+    epoch: int = 0                     # epochs done
+    start: int = 0                     # of the one under way: time steps read,
+    chunks: int = 0                    # in so many chunks,
+    total: float | torch.Tensor = 0.0  # with this nll, summed over time steps, dropout on
+    run: int = 0                       # SGDR's at the last step, whose gradients and learning rate were
+    source: str = "real"
+    rate: float = 0.0
+    state: list | None = None          # s_k and h_g, as the last step left them
+    memory: tuple | None = None
+    seconds: float = 0.0               # of training so far
+    best: float = math.inf             # validation nll
+    rows: list = dataclasses.field(default_factory=list)               # of log.csv
 
 
-def train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product, limit=0, progress=None, stopped=()):
-    """One pass over inputs and targets, (L, B) each, in chunks. run: of the step before. Returns an Epoch.
+def train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s, product):
+    """What is left of one pass over inputs and targets, (L, B) each; yields after each chunk, with `place` moved on.
 
-    limit: stop after so many steps, 0: none. progress: called after each step with what a progress line shows. stopped:
-    a list that is filled when the pass should end after the step under way. The last chunk leaves its state to nobody, so
-    no synthetic gradient is injected there. Raises NotFinite, saying where.
+    The last chunk leaves its state to nobody, so no synthetic gradient is injected there. Raises NotFinite, saying where.
     """
     model.train()
-    state, memory, total, length = None, None, torch.zeros((), device=inputs.device), len(inputs)
-    if interface:
-        interface = interface._replace(agreement=Agreement())
-    for step, (start, stop) in enumerate(chunk_borders(length, s), 1):
-        now, previous_run = epoch + start / length, run                                            # epochs since the start
+    length, unchecked = len(inputs), None
+    if interface and place.start == 0:
+        interface.agreement.sums = 0.0
+    for start, stop in chunk_borders(length, s, place.start):
+        now, run = place.epoch + start / length, place.run                                         # epochs since the beginning
         if schedule:
             schedule.step(now)
             run = schedule.run.run
-            if s.reset_optimizer and run != previous_run:
+            if s.reset_optimizer and run != place.run:
                 optimizer.state.clear()
         rate = schedule.get_last_lr()[0] if schedule else s.lr
         optimizer.param_groups[0]["lr"] = rate * ((stop - start) / s.bptt if s.jitter else 1)
         source = gradient_source(s, run, now)
+        where = (f"step {place.chunks + 1} of epoch {place.epoch + 1} (run {run}, {source} gradients, learning rate {rate:.2e}) "
+                 "is not finite")
         try:
-            nll, state, memory = train_step(model, optimizer, interface, inputs[start:stop], targets[start:stop],
-                                            state, memory, source == "synthetic" and stop < length, s, product)
+            nll, place.state, place.memory = train_step(model, optimizer, interface, inputs[start:stop], targets[start:stop],
+                                                        place.state, place.memory, source == "synthetic" and stop < length,
+                                                        s, product)
         except NotFinite as error:
-            raise NotFinite(f"step {step} of epoch {epoch + 1} (run {run}, {source} gradients, learning rate {rate:.2e}) is not "
-                            f"finite: {error}") from None
-        total += nll * (stop - start)
-        if progress:
-            progress(epoch, stop / length, run, source, rate, total, stop)
-        if step == limit or stopped:
-            break
-    agreement = interface.agreement.result() if interface else (math.nan, math.nan)
-    return Epoch(total.item() / stop, run, source, rate, agreement, step, stop)
+            raise NotFinite(f"{where}: {error}") from None
+        if nll.is_cuda:                                                 # a GPU is asked one step late, so as not to wait for it
+            late, unchecked = unchecked, (nll, where)
+            for number, its_place in filter(None, (late, unchecked if stop == length else None)):
+                if not torch.isfinite(number):
+                    raise NotFinite(f"{its_place}; try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
+        place.total = place.total + nll * (stop - start)
+        place.start, place.chunks, place.run, place.source, place.rate = stop, place.chunks + 1, run, source, rate
+        yield
 
 
 @contextlib.contextmanager
-def first_ctrl_c():
-    """Gives a list that the first Ctrl-C puts an entry into, for the loop to look at; the second interrupts as usual."""
-    stopped = []
+def stop_signals():
+    """Gives a list that Ctrl-C (SIGINT) or SIGTERM puts its number into, for the loop to look at; the next one ends at once."""
+    stopped, before = [], {}
 
-    def note(*_):
-        stopped.append(True)
-        signal.signal(signal.SIGINT, before)
+    def restore(*_):
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = signal.signal(signal.SIGINT, note)
+    def note(number, _):
+        stopped.append(number)
+        restore()
+
+    before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 class ProgressLine:
-    """One line on a terminal that rewrites itself twice a second. first, epochs: where this start began and will end."""
+    """One line on a terminal that rewrites itself twice a second. place: where this start begins; length, epochs: its end."""
 
-    def __init__(self, first, epochs, batch_size):
-        self.first, self.epochs, self.batch_size = first, epochs, batch_size
+    def __init__(self, place, length, settings):
+        self.length, self.settings, self.first = length, settings, place.epoch * length + place.start
         self.started = self.shown = time.monotonic()
 
-    def __call__(self, epoch, part, run, source, rate, total, steps):
+    def __call__(self, place):
         now = time.monotonic()
-        if steps and now - self.shown > 0.5:
-            done = (epoch + part - self.first) / (self.epochs - self.first)
-            left = (now - self.started) * (1 / done - 1)
-            speed = (epoch + part - self.first) * steps / part * self.batch_size / (now - self.started)
-            print(f"\r\033[Kepoch {epoch + 1}/{self.epochs} {part:4.0%}  run {run} {source}  lr {rate:.2e}  "
-                  f"perplexity {perplexity(total.item() / steps):.1f}  {speed:,.0f} tokens/s  {clock(left)} left", end="", flush=True)
+        if now - self.shown > 0.5:
+            steps, s = place.epoch * self.length + place.start, self.settings
+            speed = (steps - self.first) / (now - self.started)                                    # time steps a second
+            print(f"\r\033[Kepoch {place.epoch + 1}/{s.epochs} {place.start / self.length:4.0%}  run {place.run} {place.source}  "
+                  f"lr {place.rate:.2e}  perplexity {perplexity(float(place.total) / place.start):.1f}  "
+                  f"{speed * s.batch_size:,.0f} tokens/s  {clock((s.epochs * self.length - steps) / speed)} left", end="", flush=True)
             self.shown = now
 
 
@@ -598,6 +674,8 @@ def main(argv):
     keep_freed_memory()
     warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
     device = pick_device(s.device)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")                      # TF32 in the products that are not in bf16
     product = pick_product(s.precision, device)
     corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
     train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
@@ -613,19 +691,28 @@ def main(argv):
     parts = {"model": model, "optimizer": optimizer}
     if interface:
         parts.update(dni=interface.g, dni_optimizer=interface.optimizer)
-    first, run, best, rows = 0, 0, math.inf, []
+    place = Place()
     if resume:
-        checkpoint = read_checkpoint(out / "last.pt")
+        folder_lock = lock(out)
+        checkpoint = read_newest(out, say=False)
         if checkpoint.get("corpus") != corpus.fingerprint():
             raise UserError(f"{out} was trained on another text than {corpus.name} is now; start a new run instead")
         restore(parts, checkpoint, out / "last.pt")
+        place = Place(**{name: to_device(value, device) for name, value in checkpoint["place"].items()})
+        for c, _ in place.state or ():
+            c.requires_grad_()
+        if interface:
+            interface.agreement.sums = to_device(checkpoint["agreement"], device)
         set_random_state(checkpoint["random"], device)
-        first, run, best, rows = (checkpoint[name] for name in ("epoch", "run", "best", "rows"))
-        if first >= s.epochs:
-            raise UserError(f"{out} has run its {first} epochs; ask for more with --epochs")
+        if place.epoch >= s.epochs:
+            raise UserError(f"{out} has run its {place.epoch} epochs; ask for more with --epochs")
     else:
         out = output_folder(out, s)
-    (out / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
+        folder_lock = lock(out)
+    with replacing(out / "settings.json") as file:
+        file.write((json.dumps(dataclasses.asdict(s), indent=1) + "\n").encode())
+    if resume:
+        write_log(place.rows, out / "log.csv")                          # it may be ahead of the checkpoint
 
     print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
           f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
@@ -636,56 +723,73 @@ def main(argv):
           + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads"
           + (", compiled during the first steps" if s.compile else "") + f"; in {out}", flush=True)
 
-    def keep(name, **content):
-        save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "corpus": corpus.fingerprint(), **content}, out / name)
+    def keep(name, previous=None, **content):
+        save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "corpus": corpus.fingerprint(), **content},
+             out / name, previous)
 
-    started, chunks = time.monotonic() - (rows[-1][-1] if rows else 0), 0
-    progress = ProgressLine(first, s.epochs, s.batch_size) if sys.stdout.isatty() else None
+    def keep_place():
+        place.seconds = time.monotonic() - started
+        keep("last.pt", out / "previous.pt", place=vars(place), agreement=interface and interface.agreement.sums,
+             random=random_state(device), **{name: part.state_dict() for name, part in parts.items()})
+
+    started, chunks, saved = time.monotonic() - place.seconds, 0, time.monotonic()
+    progress = ProgressLine(place, len(inputs), s) if sys.stdout.isatty() else None
     try:
-        with first_ctrl_c() as stopped:
-            for epoch in range(first, s.epochs):
-                epoch_started = time.monotonic()
-                done = train_epoch(epoch, run, model, optimizer, schedule, interface, inputs, targets, s, product,
-                                   s.max_steps - chunks if s.max_steps else 0, progress, stopped)
-                seconds, whole = time.monotonic() - epoch_started, done.steps == len(inputs)
-                if stopped and not whole:
+        with stop_signals() as stopped:
+            while place.epoch < s.epochs and not stopped and (not s.max_steps or chunks < s.max_steps):
+                epoch_started, epoch_start = time.monotonic(), place.start
+                for _ in train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s, product):
+                    chunks += 1
+                    if progress:
+                        progress(place)
+                    if stopped or chunks == s.max_steps:
+                        break
+                    if time.monotonic() - saved >= 60 * s.checkpoint_every and place.start < len(inputs):
+                        keep_place()
+                        saved = time.monotonic()
+                seconds = max(time.monotonic() - epoch_started, 1e-9)
+                whole = place.start == len(inputs)
+                if stopped or not whole:
+                    keep_place()
+                if stopped:
                     break
-                valid = evaluate(model, valid_tokens, s.valid_batch_size, product)
+                valid, train_nll = evaluate(model, valid_tokens, s.valid_batch_size, product), float(place.total) / place.start
                 if not math.isfinite(valid):
-                    raise NotFinite(f"the validation loss after epoch {epoch + 1} is not finite; try a lower --lr")
-                run, chunks, (cosine, r2) = done.run, chunks + done.chunks, done.agreement
-                rows.append([epoch + 1, run, done.source, float(f"{done.rate:.4e}"), round(perplexity(done.nll), 3),
-                             round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - started, 1)])
-                print(("\r\033[K" if progress else "") + f"epoch {epoch + 1:3d}/{s.epochs}  run {run} {done.source:9}  "
-                      f"lr {done.rate:.2e}  train {perplexity(done.nll):8.2f}  valid {perplexity(valid):8.2f}"
+                    raise NotFinite(f"the validation loss after epoch {place.epoch + 1} is not finite; try a lower --lr")
+                cosine, r2 = interface.agreement.result() if interface else (math.nan, math.nan)
+                row = [place.epoch + 1, place.run, place.source, float(f"{place.rate:.4e}"), round(perplexity(train_nll), 3),
+                       round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - started, 1)]
+                print(("\r\033[K" if progress else "") + f"epoch {place.epoch + 1:3d}/{s.epochs}  run {place.run} {place.source:9}  "
+                      f"lr {place.rate:.2e}  train {perplexity(train_nll):8.2f}  valid {perplexity(valid):8.2f}"
                       + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
-                      + f"  {done.steps * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
-                if valid < best:
-                    best = valid
-                    keep("best.pt", epoch=epoch + 1)
+                      + f"  {(place.start - epoch_start) * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+                place.rows.append(row)
+                if valid < place.best and (whole or not (out / "best.pt").exists()):
+                    keep("best.pt", epoch=place.epoch + 1)
                 if whole:
-                    keep("last.pt", epoch=epoch + 1, run=run, best=best, rows=rows, random=random_state(device),
-                         **{name: part.state_dict() for name, part in parts.items()})
-                write_log(rows, out / "log.csv")
-                if stopped or chunks == s.max_steps:
-                    break
+                    place.best = min(place.best, valid)
+                    place.epoch, place.start, place.chunks, place.total, place.state, place.memory = place.epoch + 1, 0, 0, 0.0, None, None
+                    keep_place()
+                    saved = time.monotonic()
+                write_log(place.rows, out / "log.csv")
     except NotFinite as error:
         kept = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
         raise NotFinite(f"{error}; {kept}") from None
-    if stopped:
-        kept = f"--resume {out} goes on after epoch {rows[-1][0]}" if (out / "last.pt").exists() else "no epoch was finished"
-        print(f"\ninterrupted in epoch {epoch + 1}; {kept}; testing the best model so far", flush=True)
+    if stopped and place.epoch < s.epochs:
+        print(f"\ninterrupted after {place.start / len(inputs):.0%} of epoch {place.epoch + 1}; go on with --resume {out}", flush=True)
+        return 128 + stopped[0]
 
-    if math.isinf(best):                                                                           # nothing else to test
-        keep("best.pt", epoch=0)
-    restore({"model": model}, read_checkpoint(out / "best.pt"), out / "best.pt")
+    try:
+        restore({"model": model}, read_checkpoint(out / "best.pt"), out / "best.pt")
+    except UserError as error:
+        print(f"train.py: {error}; testing the model as it is now", file=sys.stderr)
     print("sampled:")
     for text in sample(model, corpus.vocabulary):
         print(f"  {text}")
     for fact, value in corpus.facts.items():
         print(f"{fact} {value:.4f}")
     print(f"test perplexity {perplexity(evaluate(model, test_tokens, 1, product)):.2f}")
-    return 130 if stopped else 0
+    return 0
 
 
 def command(argv):

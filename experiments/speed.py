@@ -160,8 +160,10 @@ def pooling_table(sizes, rounds, device):
         s = PRESETS[preset]
         size = s.bptt, s.batch_size, s.hidden_size
         forms = {"pool": pool, "pool_loop": pool_loop, "pool_loop, indexing f[t]": indexing_loop}
-        times = side_by_side({name: pooling(form, *size, device) for name, form in forms.items()}, rounds, device, f"pooling, {preset}")
-        rows += [row(times, name, "pool", size="T={} B={} H={}".format(*size)) for name in forms]
+        x, y = torch.ones(size, device=device), torch.empty(size, device=device)
+        times = side_by_side({**{name: pooling(form, *size, device) for name, form in forms.items()}, "copy of one (T, B, H)": lambda: y.copy_(x)},
+                             rounds, device, f"pooling, {preset}")
+        rows += [row(times, name, "pool", size="T={} B={} H={}".format(*size)) for name in times]
     return rows
 
 

@@ -1,0 +1,201 @@
+"""What can go wrong, on purpose: a run is killed, its files damaged, its disk filled, its input spoilt, again and again.
+
+    python experiments/faults.py             everything, about 10 minutes on two CPU cores; ends in a table
+    python experiments/faults.py --kills 3   fewer kills: two minutes
+
+A kill or a damage is SURVIVED if the run, resumed, ends in the log and the weights of a run that nothing happened to, bit for
+bit. A bad input is survived if train.py answers with one line on stderr that begins "train.py: error:", exit status 2, and
+nothing executed. The table counts both; the exit status is 1 if anything was not survived. POSIX systems only.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+MODES = (["bptt"], ["dni"], ["restart", "--gradient", "synthetic"], ["alternating"])
+SMALL = ["--hidden-size", "24", "--embedding-size", "16", "--batch-size", "4", "--bptt", "10", "--valid-batch-size", "2",
+         "--dni-hidden", "8", "--device", "cpu", "--jitter", "--epochs", "7", "--checkpoint-every", "0.005"]
+
+
+def train(*arguments, limit=None):
+    """train.py to its end, as a process; limit: largest file it may write, in bytes, standing in for a full disk."""
+    return subprocess.run([sys.executable, TRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+
+
+def result(run):
+    """What a run came to: its log without the seconds, and its last weights."""
+    log = [line.rsplit(",", 1)[0] for line in (run / "log.csv").read_text().splitlines()]
+    return log, torch.load(run / "last.pt", weights_only=True)["model"]
+
+
+def same(run, other):
+    (log, weights), (other_log, other_weights) = result(run), result(other)
+    return log == other_log and all(torch.equal(w, other_weights[name]) for name, w in weights.items())
+
+
+def one_line(process, *parts):
+    """Whether a process ended in the one line a user's mistake gets, with all of `parts` in it."""
+    return (process.returncode == 2 and process.stderr.count("\n") == 1 and process.stderr.startswith("train.py: error: ")
+            and all(part in process.stderr for part in parts))
+
+
+def make_corpus(folder):
+    """A text of 1,230 words to train on, which obeys a rule."""
+    folder.mkdir()
+    for split, lines in (("train", 30), ("valid", 4), ("test", 4)):
+        (folder / f"{split}.txt").write_text("".join(" ".join(f"w{(i * i + j) % 23}" for j in range(41)) + "\n" for i in range(lines)))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------ the faults
+
+def kill(work, corpus, i, number):
+    """A run killed by signal `number` at a random moment of its life, and resumed. None, or what was wrong."""
+    mode, run = MODES[i % len(MODES)], work / f"killed{number}-{i}"
+    moment = random.Random(1000 * number + i).uniform(0.5, 1.0)         # a part of what the undisturbed run took
+    process = subprocess.Popen([sys.executable, TRAIN, "--data", corpus, "--mode", *mode, *SMALL, "--out", run],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        process.communicate(timeout=moment * float((work / mode[0] / "took").read_text()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+        process.communicate()
+    if process.returncode not in (0, -number, 128 + number):
+        return f"status {process.returncode}"
+    begun = any((run / name).exists() for name in ("last.pt", "previous.pt"))
+    again = train(*(["--resume", run] if begun else ["--data", corpus, "--mode", *mode, *SMALL, "--out", run]))
+    if again.returncode and "has run its 7 epochs" not in again.stderr:
+        return again.stderr
+    return None if same(run, work / mode[0]) else "another end"
+
+
+def damages(good, other):
+    """(name, bytes in place of a good checkpoint), among them another model's file and a pickle with code in it."""
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, ("executed",)
+    spots = random.Random(5)
+    for part in (0.0, 0.01, 0.25, 0.5, 0.75, 0.999):
+        yield f"cut to {part:.1%}", good[:int(part * len(good))]
+    for _ in range(10):
+        spot = spots.randrange(len(good) // 20, len(good) * 9 // 10)
+        yield f"byte {spot} flipped", good[:spot] + bytes([good[spot] ^ 0xFF]) + good[spot + 1:]
+    yield "zeros", bytes(len(good))
+    yield "a text", b"not a checkpoint\n"
+    yield "a pickle with code", pickle.dumps(Code())
+    yield "another model's", other
+
+
+def damage(work, name, content):
+    """The newest checkpoint replaced by `content`: the one before is used, or, for a sound file of another model, a refusal."""
+    run = work / f"damaged, {name}"
+    shutil.copytree(work / "alternating", run)
+    (run / "last.pt").write_bytes(content)
+    again = train("--resume", run)
+    if name == "another model's":
+        return None if one_line(again) else again.stderr or "accepted"
+    if again.returncode or "going on from" not in again.stderr or Path("executed").exists():
+        return again.stderr or "damage not noticed"
+    return None if same(run, work / "alternating") else "another end"
+
+
+def full_disk(work, corpus, limit):
+    """No file may grow beyond `limit` bytes: one line, and what was there before is whole; with room again, the same end."""
+    run = work / f"full-{limit}"
+    train("--data", corpus, "--mode", "alternating", *SMALL, "--out", run, "--max-steps", 50)
+    before = (run / "last.pt").read_bytes()
+    again = train("--resume", run, limit=limit)
+    if not one_line(again) or (run / "last.pt").read_bytes() != before or list(run.glob("*.partial")):
+        return again.stderr or "not noticed"
+    again = train("--resume", run, "--max-steps", 0)
+    return None if again.returncode == 0 and same(run, work / "alternating") else again.stderr or "another end"
+
+
+def bad_inputs(work, corpus):
+    """(what is wrong, arguments)"""
+    texts = {"empty": b"\n\n", "latin1": "caf\xe9 ".encode("latin1") * 500, "binary": bytes(range(256)) * 50, "short": b"a b c\n"}
+    for name, text in texts.items():
+        folder = make_corpus(work / f"corpus-{name}")
+        (folder / "train.txt").write_bytes(text)
+        yield f"a training text that is {name}", ["--data", folder]
+    (make_corpus(work / "corpus-lacking") / "valid.txt").unlink()
+    yield "no validation text", ["--data", work / "corpus-lacking"]
+    yield "a folder that is not there", ["--data", work / "nowhere"]
+    yield "a file for a folder", ["--data", corpus / "train.txt"]
+    yield "an output folder in use", ["--data", corpus, "--out", work / "bptt"]
+    yield "an output folder below a file", ["--data", corpus, "--out", corpus / "train.txt" / "run"]
+    yield "nothing to resume", ["--resume", work / "nowhere"]
+    yield "other settings on resuming", ["--resume", work / "bptt", "--hidden-size", 5]
+    yield "an unknown flag", ["--colour", "red"]
+    yield "a device that is not there", ["--device", "abacus"]
+    for flag, value in (("--hidden-size", 0), ("--hidden-size", "many"), ("--epochs", -1), ("--batch-size", 10 ** 9), ("--bptt", 10 ** 6),
+                        ("--lr", "nan"), ("--lr", -1), ("--clip", 0), ("--dropout-input", 1), ("--dropout-weight", "inf"), ("--zoneout", 2),
+                        ("--dni-alpha", -1), ("--dni-lr", "inf"), ("--e-base", 0), ("--restarts", 0), ("--seed", -1),
+                        ("--eta-min", 1), ("--mode", "magic"), ("--checkpoint-every", -1)):
+        yield f"{flag} {value}", ["--data", corpus, flag, value]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kill, damage, fill and spoil; does the run survive?")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    table, survived = [], True
+    with tempfile.TemporaryDirectory() as work, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        work = Path(work)
+        corpus = make_corpus(work / "corpus")
+        os.chdir(work)
+
+        def undisturbed(mode, out):
+            started = time.monotonic()
+            process = train("--data", corpus, "--mode", *mode, *SMALL, "--out", out)
+            if process.returncode:
+                sys.exit(process.stderr)
+            (out / "took").write_text(str(time.monotonic() - started))
+        list(pool.map(lambda mode: undisturbed(mode, work / mode[0]), MODES))
+        other = work / "other"
+        train("--data", corpus, *SMALL, "--hidden-size", 12, "--epochs", 1, "--out", other)
+
+        def run(title, function, cases):
+            """function(*case) -> None or what was wrong, for each (name, case)."""
+            nonlocal survived
+            cases, failures = list(cases), 0
+            for (name, _), wrong in zip(cases, pool.map(lambda case: function(*case[1]), cases)):
+                print(f"{title}: {name}: {'survived' if wrong is None else 'NOT SURVIVED: ' + ' '.join(wrong.split())[-300:]}", flush=True)
+                failures += wrong is not None
+            table.append((title, len(cases), len(cases) - failures))
+            survived = survived and not failures
+
+        run("killed (SIGKILL)", kill, [(f"{i}, {MODES[i % 4][0]}", (work, corpus, i + arguments.seed, signal.SIGKILL)) for i in range(arguments.kills)])
+        run("asked to stop (SIGTERM)", kill, [(str(i), (work, corpus, i, signal.SIGTERM)) for i in range(4)])
+        run("interrupted (SIGINT)", kill, [(str(i), (work, corpus, i, signal.SIGINT)) for i in range(4)])
+        good, stranger = (work / "alternating" / "last.pt").read_bytes(), (other / "last.pt").read_bytes()
+        run("newest checkpoint damaged", damage, [(name, (work, name, content)) for name, content in damages(good, stranger)])
+        run("disk full", full_disk, [(f"at {limit:,} bytes", (work, corpus, limit)) for limit in (100, 20_000)])
+        run("bad input", lambda arguments: (lambda p: None if one_line(p) else p.stderr or "accepted")(train(*arguments)),
+            [(name, (given,)) for name, given in bad_inputs(work, corpus)])
+        os.chdir("/")
+    print("\n| fault | times | survived |\n|---|---|---|")
+    for line in table:
+        print("| {} | {} | {} |".format(*line))
+    return 0 if survived else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
