@@ -835,6 +835,15 @@ def test_locked_dropout_is_constant_in_time():
     assert locked_dropout(x, 0.3, training=False) is x
 
 
+def test_dropout_between_layers():
+    """The input of the second layer, not of the first, loses neurons, the same ones at all steps; in evaluation none."""
+    qrnn, seen = QRNN(40, 40, 2, dropout=0.5), []
+    for layer in qrnn.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: seen.append((arguments[0] == 0).float().mean(0)))
+    qrnn(torch.ones(9, 3, 40)), qrnn.eval()(torch.ones(9, 3, 40))
+    assert not seen[0].any() and not seen[3].any() and set(seen[1].unique().tolist()) == {0, 1} and abs(seen[1].mean() - 0.5) < 0.2
+
+
 def test_embedding_dropout_drops_a_word_everywhere():
     """A dropped word is zero wherever it stands in the chunk; the share of dropped words is p."""
     model = LanguageModel(1000, 4, 6, 2, dropout_embedding=0.4)
