@@ -30,7 +30,6 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._higher_order_ops.associative_scan import associative_scan
 
 
 # ------------------------------------------------------------------------------------------------------------ pooling
@@ -93,6 +92,7 @@ def scan(a, b, reverse=False):
     Step (a, b) and then step (a', b') make the step (a a', a' b + b'), and "and then" is associative: the steps can be
     joined in a tree of depth log T. (PyTorch's own backward pass of this operation is not used: it has been wrong.)
     """
+    from torch._higher_order_ops.associative_scan import associative_scan                          # not public: only where needed
     return associative_scan(lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, b), dim=0, reverse=reverse,
                             combine_mode="pointwise" if a.is_cuda else "generic")[1]
 
@@ -149,7 +149,7 @@ def pool(f, z, c0):
 # -------------------------------------------------------------------------------------------------------------- layers
 
 def toss(shape, p, device):
-    """A mask of `shape`, True with probability p in (0, 1], to 16 bits: on a CPU six times as fast as Tensor.bernoulli_."""
+    """A mask of `shape`, True with probability p in (0, 1], to 16 bits; on a CPU much faster than Tensor.bernoulli_."""
     n = math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None)       # 64 random bits each
     return bits.view(torch.int16)[:n].view(shape) <= round(p * 2 ** 16) - 2 ** 15 - 1
@@ -309,7 +309,7 @@ def softmax_and_gradient(logits, bias, y):
 
     With l_i = logits_i + bias, nll = sum_i(logsumexp(l_i) - l_i[y_i]) and dnll/dl_i = softmax(l_i) - onehot(y_i).
     """
-    l = logits.to(bias.dtype) + bias                                                        # (n, V)
+    l = logits.to(bias.dtype) + bias                                                               # (n, V)
     top = l.amax(-1, keepdim=True)
     exp = (l - top).exp()
     total = exp.sum(-1, keepdim=True)                                                              # (n, 1)

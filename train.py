@@ -306,7 +306,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
     else:
         (loss + penalty).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    nll = loss.detach() + 0 * norm                                       # not a number where one of them is not finite
+    nll = loss.detach() + 0 * norm                                      # not a number where one of them is not finite
     if not nll.is_cuda and not torch.isfinite(nll):
         raise NotFinite(f"loss {loss.item()}, gradient norm {norm.item()}; try a lower --lr or --dni-alpha")
 

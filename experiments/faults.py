@@ -1,7 +1,7 @@
 """What can go wrong, on purpose: a run is killed, its files damaged, its disk filled, its input spoilt, again and again.
 
-    python experiments/faults.py             everything, about 10 minutes on two CPU cores; ends in a table
-    python experiments/faults.py --kills 3   fewer kills: two minutes
+    python experiments/faults.py             everything; ends in a table
+    python experiments/faults.py --kills 3   fewer kills, all the rest
 
 A kill or a damage is SURVIVED if the run, resumed, ends in the log and the weights of a run that nothing happened to, bit for
 bit. A bad input is survived if train.py answers with one line on stderr that begins "train.py: error:", exit status 2, and
