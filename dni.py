@@ -64,12 +64,12 @@ class NeuronDNI(nn.Module):
 
         Returns the synthetic gradients, a list of the same shapes, and the memory after this border.
         """
-        s = torch.cat([c.flatten() for c in state])[:, None]                                       # (N, 1)
+        s = torch.cat(state, 1).flatten()[:, None]                      # (N, 1), one stream after the other
         if self.noise and self.training:
             s = s * (1 + self.noise * torch.randn_like(s))
         masks = self.rnn.draw(s[None])
         d, memory = self.fast(s, self.rnn.zero_state(s[None]) if memory is None else memory, masks)
-        return [d_l.view_as(c) for d_l, c in zip(d.split([c.numel() for c in state]), state)], memory
+        return list(d.view(len(state[0]), -1).split([c.shape[1] for c in state], 1)), memory
 
     def predict(self, s, memory, masks=None):
         """g itself. s: (N, 1) -> the synthetic gradients (N,) and the memory after this border."""
@@ -146,7 +146,8 @@ def joined(tensors):
 class Agreement:
     """Does g learn? Two running measures of predictions p against targets t, over all neurons and borders seen.
 
-        cosine = sum p t / sqrt(sum p^2 sum t^2)        direction alone: 1 parallel, 0 unrelated
+        cosine = sum p t / sqrt(sum p^2 sum t^2)        direction alone: 1 parallel, 0 unrelated; sums over borders of
+                                                        means over neurons
         R^2    = 1 - sum (p - t)^2 / sum t^2            1 perfect; 0 no better than predicting zero; below 0, worse
     """
 
@@ -156,7 +157,7 @@ class Agreement:
     def update(self, predicted, target):
         """Take in the predictions and targets of one border, lists of tensors of the same shapes."""
         p, t = joined(predicted).detach().float(), joined(target).detach().float()
-        self.sums = self.sums + torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])             # stays on the device
+        self.sums = self.sums + torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)]) / len(p)    # stays on the device
 
     def result(self):
         """(cosine, R^2) as floats; nan where nothing, or nothing but zeros, was seen."""

@@ -23,12 +23,14 @@ Glossary
     target     delta_k    as s_k         what it turned out to be, bootstrapped
     run        i          -              between two restarts
 
-Not here: several machines, mixed-precision loss scaling, fine-tuning after training, dynamic evaluation.
+Not here: parameters divided among processes, mixed-precision loss scaling, fine-tuning after training, dynamic evaluation.
 
-Run `python train.py` with no argument for the small alternating run on the corpus built into Python.
+Run `python train.py` with no argument for the small alternating run on the corpus built into Python, or
+`torchrun --nproc-per-node N train.py` to divide the B streams among N processes.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -37,6 +39,7 @@ import io
 import json
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -46,6 +49,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 if os.name == "posix":
     import fcntl
@@ -305,32 +309,38 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
         inject(loss + penalty, border(new_state), future, settings.dni_alpha / T_B)
     else:
         (loss + penalty).backward()
+    nll = loss.detach().clone()
+    average([nll, *(p.grad for p in model.parameters())])               # over the processes, where there are several
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-    nll = loss.detach() + 0 * norm                                      # not a number where one of them is not finite
+    nll = nll + 0 * norm                                                # not a number where one of them is not finite
     if not nll.is_cuda and not torch.isfinite(nll):
-        raise NotFinite(f"loss {loss.item()}, gradient norm {norm.item()}; try a lower --lr or --dni-alpha")
+        raise NotFinite(f"loss {nll.item()}, gradient norm {norm.item()}; try a lower --lr or --dni-alpha")
 
     # 4. regress:  phi <- phi - Adam(d/dphi mean (delta^_k - delta_k)^2),  delta_k = T B s_k.grad, left by step 3
     if predicted:
         target = [T_B * c.grad for c in border(state)]
         interface.agreement.update(predicted, target)
         error = regress(interface.optimizer, predicted, target)
+        average([error, interface.agreement.sums])                      # and g's gradient, before its step: see `main`
         nll = nll + 0 * error
         if not nll.is_cuda and not torch.isfinite(error):
-            raise NotFinite(f"loss {loss.item()}, squared error of the DNI {error.item()}; try a lower --dni-lr")
+            raise NotFinite(f"loss {nll.item()}, squared error of the DNI {error.item()}; try a lower --dni-lr")
 
     # 5. step
     optimizer.step()
     return nll, cut(new_state), memory
 
 
-def chunk_borders(length, settings, start=0):
-    """Yield (start, stop) of the chunks of a text of `length` steps, from `start` on; the last one is what is left."""
+def chunk_borders(length, settings, epoch=0):
+    """Yield (start, stop) of the chunks of a text of `length` steps; the last one is what is left.
+
+    With jitter, the lengths follow from seed and epoch alone: the same in every mode, process, and run that goes on.
+    """
+    draw, start = random.Random(f"{settings.seed} {epoch}"), 0
     while start < length:
         steps = settings.bptt
         if settings.jitter:                                                                        # authors' code
-            mean = steps if torch.rand(()) < 0.95 else steps / 2
-            steps = max(5, int(mean + 5 * torch.randn(())))
+            steps = max(5, int(draw.gauss(steps if draw.random() < 0.95 else steps / 2, 5)))
         stop = min(start + steps, length)
         yield start, stop
         start = stop
@@ -406,6 +416,71 @@ def keep_freed_memory():
     if mallopt:
         for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             mallopt(parameter, value)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+#
+# Under torchrun, N processes hold the same weights, read B / N of the streams each, and average their gradients: data
+# parallelism. A mean over T B tokens is the mean of N means over T B / N, so that a step is what it is for one process, but
+# for rounding and dropout masks. Process 0 alone prints and writes. One process meets none of this: the functions leave
+# what they are given as it is.
+
+def join_processes(device):
+    """Meet the other processes of torchrun, if this one has any. Returns (which process this is, how many there are)."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        local = int(os.environ["LOCAL_RANK"])
+        if device == "mps" or (device == "cuda" and local >= torch.cuda.device_count()):
+            raise UserError(f"process {local + 1} of this machine finds no device of its own; add --device cpu, or start fewer")
+        if device == "cuda":
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return rank, processes
+
+
+def average(tensors):
+    """Each tensor becomes its mean over the processes."""
+    if dist.is_initialized():
+        for under_way in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            under_way.wait()
+        for t in tensors:
+            t /= dist.get_world_size()
+
+
+def largest(*numbers):
+    """Of each number, the largest that any process has."""
+    if not dist.is_initialized():
+        return numbers
+    numbers = torch.tensor(numbers)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def gathered(value):
+    """[value of process 0, of process 1, ...], what tensors there are in lists and tuples on the CPU."""
+    values = [each(torch.Tensor.cpu, value)]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, values[0])
+    return values
+
+
+def side_by_side(states):
+    """Of the states of several processes, the state of all streams. A state: tensors with B in the last dimension but one."""
+    first = states[0]
+    if isinstance(first, (list, tuple)):
+        return type(first)(map(side_by_side, zip(*states)))
+    return torch.cat([s.detach() for s in states], -2) if torch.is_tensor(first) else first
+
+
+def each(function, value):
+    """`value` with function(tensor) for each tensor in its lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(each(function, v) for v in value)
+    return function(value) if torch.is_tensor(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -494,13 +569,6 @@ def restore(parts, checkpoint, path):
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is a checkpoint of another model or corpus: {reason[:160]}") from None
-
-
-def to_device(value, device):
-    """Tensors, in lists and tuples, moved; anything else as it is."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(v, device) for v in value)
-    return value.detach().to(device) if torch.is_tensor(value) else value
 
 
 def random_state(device):
@@ -602,7 +670,9 @@ def train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s
     length, unchecked = len(inputs), None
     if interface and place.start == 0:
         interface.agreement.sums = 0.0
-    for start, stop in chunk_borders(length, s, place.start):
+    for start, stop in chunk_borders(length, s, place.epoch):
+        if start < place.start:                                         # read before the run was cut off
+            continue
         now, run = place.epoch + start / length, place.run                                         # epochs since the beginning
         if schedule:
             schedule.step(now)
@@ -677,7 +747,12 @@ def main(argv):
     if device == "cuda":
         torch.set_float32_matmul_precision("high")                      # TF32 in the products that are not in bf16
     product = pick_product(s.precision, device)
+    rank, processes = join_processes(device)
+    if rank:
+        dist.barrier()                                                  # process 0 goes first: it may have to download
     corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
+    if processes > 1 and not rank:
+        dist.barrier()
     train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
     inputs, targets = streams(train_tokens, s.batch_size)                                          # (L, B)
     for tokens, batch_size in ((valid_tokens, s.valid_batch_size), (test_tokens, 1)):
@@ -685,34 +760,41 @@ def main(argv):
     if len(inputs) < s.bptt:
         raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {s.batch_size} streams give {len(inputs)} steps "
                         f"each, less than one chunk of {s.bptt}; lower --batch-size or --bptt")
+    if s.batch_size % processes:
+        raise UserError(f"--batch-size {s.batch_size} cannot be divided evenly among {processes} processes")
+    inputs, targets = (x.chunk(processes, 1)[rank] for x in (inputs, targets))                     # (L, B / processes)
 
     model, optimizer, interface = build(s, len(corpus.vocabulary), device)
+    if rank:
+        torch.manual_seed(s.seed + rank)                                # dropout masks of its own
+    if processes > 1 and interface:
+        interface.optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in interface.g.parameters()]))
     schedule = make_schedule(s, optimizer)
     parts = {"model": model, "optimizer": optimizer}
     if interface:
         parts.update(dni=interface.g, dni_optimizer=interface.optimizer)
     place = Place()
+    if not rank:
+        out = out if resume else output_folder(out, s)
+        folder_lock = lock(out)                                         # noqa: F841, held until the process ends
     if resume:
-        folder_lock = lock(out)
         checkpoint = read_newest(out, say=False)
         if checkpoint.get("corpus") != corpus.fingerprint():
             raise UserError(f"{out} was trained on another text than {corpus.name} is now; start a new run instead")
         restore(parts, checkpoint, out / "last.pt")
-        place = Place(**{name: to_device(value, device) for name, value in checkpoint["place"].items()})
+        place = Place(**checkpoint["place"])
+        place.state, place.memory = (each(lambda t: t.chunk(processes, -2)[rank].clone().to(device), x) for x in (place.state, place.memory))
         for c, _ in place.state or ():
             c.requires_grad_()
         if interface:
-            interface.agreement.sums = to_device(checkpoint["agreement"], device)
-        set_random_state(checkpoint["random"], device)
-        if place.epoch >= s.epochs:
-            raise UserError(f"{out} has run its {place.epoch} epochs; ask for more with --epochs")
-    else:
-        out = output_folder(out, s)
-        folder_lock = lock(out)
-    with replacing(out / "settings.json") as file:
-        file.write((json.dumps(dataclasses.asdict(s), indent=1) + "\n").encode())
-    if resume:
-        write_log(place.rows, out / "log.csv")                          # it may be ahead of the checkpoint
+            interface.agreement.sums = each(lambda t: t.to(device), checkpoint["agreement"])
+        if rank < len(checkpoint["random"]):                            # there may be more processes now
+            set_random_state(checkpoint["random"][rank], device)
+    if not rank:
+        with replacing(out / "settings.json") as file:
+            file.write((json.dumps(dataclasses.asdict(s), indent=1) + "\n").encode())
+        if resume:
+            write_log(place.rows, out / "log.csv")                      # it may be ahead of the checkpoint
 
     print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
           f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
@@ -721,37 +803,46 @@ def main(argv):
     print(f"model of {parameters(model):,} parameters"
           + (f", {s.dni}-wise DNI of {parameters(interface.g):,}" if interface else "")
           + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+          + (f" in each of {processes} processes" if processes > 1 else "")
           + (", compiled during the first steps" if s.compile else "") + f"; in {out}", flush=True)
 
+    if place.epoch >= s.epochs:
+        print(f"{out} has run its {place.epoch} epochs, so it is only tested; ask for more with --epochs", flush=True)
+
     def keep(name, previous=None, **content):
+        if rank:
+            return
         save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "corpus": corpus.fingerprint(), **content},
-             out / name, previous)
+             out / name, previous and out / previous)
 
     def keep_place():
         place.seconds = time.monotonic() - started
-        keep("last.pt", out / "previous.pt", place=vars(place), agreement=interface and interface.agreement.sums,
-             random=random_state(device), **{name: part.state_dict() for name, part in parts.items()})
+        states, randoms = zip(*gathered(((place.state, place.memory), random_state(device))))      # of each process
+        state, memory = side_by_side(states)
+        keep("last.pt", "previous.pt", place={**vars(place), "state": state, "memory": memory}, random=randoms,
+             agreement=interface and interface.agreement.sums, **{name: part.state_dict() for name, part in parts.items()})
 
-    started, chunks, saved = time.monotonic() - place.seconds, 0, time.monotonic()
+    started, chunks, saved, stop = time.monotonic() - place.seconds, 0, time.monotonic(), 0
     progress = ProgressLine(place, len(inputs), s) if sys.stdout.isatty() else None
     try:
         with stop_signals() as stopped:
-            while place.epoch < s.epochs and not stopped and (not s.max_steps or chunks < s.max_steps):
+            while place.epoch < s.epochs and not stop and (not s.max_steps or chunks < s.max_steps):
                 epoch_started, epoch_start = time.monotonic(), place.start
                 for _ in train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s, product):
                     chunks += 1
                     if progress:
                         progress(place)
-                    if stopped or chunks == s.max_steps:
+                    stop, due = largest(stopped[0] if stopped else 0, time.monotonic() - saved >= 60 * s.checkpoint_every)
+                    if stop or chunks == s.max_steps:
                         break
-                    if time.monotonic() - saved >= 60 * s.checkpoint_every and place.start < len(inputs):
+                    if due and place.start < len(inputs):
                         keep_place()
                         saved = time.monotonic()
                 seconds = max(time.monotonic() - epoch_started, 1e-9)
                 whole = place.start == len(inputs)
-                if stopped or not whole:
+                if stop or not whole:
                     keep_place()
-                if stopped:
+                if stop:
                     break
                 valid, train_nll = evaluate(model, valid_tokens, s.valid_batch_size, product), float(place.total) / place.start
                 if not math.isfinite(valid):
@@ -764,20 +855,26 @@ def main(argv):
                       + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
                       + f"  {(place.start - epoch_start) * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
                 place.rows.append(row)
-                if valid < place.best and (whole or not (out / "best.pt").exists()):
-                    keep("best.pt", epoch=place.epoch + 1)
+                if not rank:
+                    if valid < place.best and (whole or not (out / "best.pt").exists()):
+                        keep("best.pt", epoch=place.epoch + 1)
+                    write_log(place.rows, out / "log.csv")
                 if whole:
                     place.best = min(place.best, valid)
                     place.epoch, place.start, place.chunks, place.total, place.state, place.memory = place.epoch + 1, 0, 0, 0.0, None, None
                     keep_place()
                     saved = time.monotonic()
-                write_log(place.rows, out / "log.csv")
+                stop, = largest(stopped[0] if stopped else 0)
     except NotFinite as error:
+        if rank:
+            raise
         kept = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
         raise NotFinite(f"{error}; {kept}") from None
-    if stopped and place.epoch < s.epochs:
+    if stop and place.epoch < s.epochs:
         print(f"\ninterrupted after {place.start / len(inputs):.0%} of epoch {place.epoch + 1}; go on with --resume {out}", flush=True)
-        return 128 + stopped[0]
+        return 128 + stop
+    if rank:
+        return 0
 
     try:
         restore({"model": model}, read_checkpoint(out / "best.pt"), out / "best.pt")
@@ -794,19 +891,24 @@ def main(argv):
 
 def command(argv):
     """`main` with every failure a user can cause or cure told in one line on stderr. Returns the exit status."""
+    rank = int(os.environ.get("RANK", 0))
+    me = f"train.py, process {rank}" if rank else "train.py"
     try:
         return main(argv)
     except (UserError, CorpusError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"{me}: error: {error}", file=sys.stderr)
         return 2
     except NotFinite as error:
-        print(f"train.py: stopped: {error}", file=sys.stderr)
+        print(f"{me}: stopped: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:                        # torch's out-of-memory errors are RuntimeErrors
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        reason = " ".join(str(error).split())[:160]
+        if isinstance(error, dist.DistError) or "gloo" in reason:
+            print(f"{me}: stopped: another process does not answer ({reason}); go on with --resume", file=sys.stderr)
+            return 1
+        if isinstance(error, RuntimeError) and "memory" not in reason:
             raise
-        print(f"train.py: error: out of memory ({' '.join(str(error).split())[:160]}); try a lower --batch-size, --bptt or "
-              "--hidden-size", file=sys.stderr)
+        print(f"{me}: error: out of memory ({reason}); try a lower --batch-size, --bptt or --hidden-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -31,11 +31,19 @@ SMALL = ["--hidden-size", "24", "--embedding-size", "16", "--batch-size", "4", "
          "--dni-hidden", "8", "--device", "cpu", "--jitter", "--epochs", "7", "--checkpoint-every", "0.005"]
 
 
-def train(*arguments, limit=None):
-    """train.py to its end, as a process; limit: largest file it may write, in bytes, standing in for a full disk."""
-    return subprocess.run([sys.executable, TRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+def start(*arguments, processes=1, limit=None):
+    """train.py, running, in one process or several; limit: largest file it may write, in bytes, in place of a full disk."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *torchrun, TRAIN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+
+
+def train(*arguments, **options):
+    """train.py to its end."""
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def result(run):
@@ -65,24 +73,30 @@ def make_corpus(folder):
 
 # ------------------------------------------------------------------------------------------------------------ the faults
 
-def kill(work, corpus, i, number):
-    """A run killed by signal `number` at a random moment of its life, and resumed. None, or what was wrong."""
-    mode, run = MODES[i % len(MODES)], work / f"killed{number}-{i}"
-    moment = random.Random(1000 * number + i).uniform(0.5, 1.0)         # a part of what the undisturbed run took
-    process = subprocess.Popen([sys.executable, TRAIN, "--data", corpus, "--mode", *mode, *SMALL, "--out", run],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        process.communicate(timeout=moment * float((work / mode[0] / "took").read_text()))
+def kill(work, corpus, i, number, processes=1):
+    """A run killed by signal `number` at a random moment of its life, and resumed. None, or what was wrong.
+
+    Of several processes SIGKILL hits one; the other signals go to torchrun, which hands them on.
+    """
+    draw, mode = random.Random(1000 * number + i), MODES[i % len(MODES)] if processes == 1 else MODES[-1]
+    whole, run = work / (mode[0] if processes == 1 else "two"), work / f"killed{number}-{processes}-{i}"
+    fresh = ["--data", corpus, "--mode", *mode, *SMALL, "--out", run]
+    process = start(*fresh, processes=processes)
+    try:                                                                # a part of what the undisturbed run took
+        process.communicate(timeout=draw.uniform(0.4, 1.0) * float((whole / "took").read_text()))
     except subprocess.TimeoutExpired:
-        process.send_signal(number)
+        victims = [process.pid]
+        if processes > 1 and number == signal.SIGKILL:
+            victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split() or victims
+        os.kill(int(draw.choice(victims)), number)
         process.communicate()
-    if process.returncode not in (0, -number, 128 + number):
+    if processes == 1 and process.returncode not in (0, -number, 128 + number):
         return f"status {process.returncode}"
     begun = any((run / name).exists() for name in ("last.pt", "previous.pt"))
-    again = train(*(["--resume", run] if begun else ["--data", corpus, "--mode", *mode, *SMALL, "--out", run]))
-    if again.returncode and "has run its 7 epochs" not in again.stderr:
+    again = train(*(["--resume", run] if begun else fresh), processes=processes)
+    if again.returncode:
         return again.stderr
-    return None if same(run, work / mode[0]) else "another end"
+    return None if same(run, whole) else "another end"
 
 
 def damages(good, other):
@@ -162,13 +176,14 @@ def main():
         corpus = make_corpus(work / "corpus")
         os.chdir(work)
 
-        def undisturbed(mode, out):
+        def undisturbed(mode, out, processes=1):
             started = time.monotonic()
-            process = train("--data", corpus, "--mode", *mode, *SMALL, "--out", out)
+            process = train("--data", corpus, "--mode", *mode, *SMALL, "--out", out, processes=processes)
             if process.returncode:
                 sys.exit(process.stderr)
             (out / "took").write_text(str(time.monotonic() - started))
         list(pool.map(lambda mode: undisturbed(mode, work / mode[0]), MODES))
+        undisturbed(MODES[-1], work / "two", 2)
         other = work / "other"
         train("--data", corpus, *SMALL, "--hidden-size", 12, "--epochs", 1, "--out", other)
 
@@ -185,6 +200,8 @@ def main():
         run("killed (SIGKILL)", kill, [(f"{i}, {MODES[i % 4][0]}", (work, corpus, i + arguments.seed, signal.SIGKILL)) for i in range(arguments.kills)])
         run("asked to stop (SIGTERM)", kill, [(str(i), (work, corpus, i, signal.SIGTERM)) for i in range(4)])
         run("interrupted (SIGINT)", kill, [(str(i), (work, corpus, i, signal.SIGINT)) for i in range(4)])
+        run("one of two processes killed", kill, [(str(i), (work, corpus, i, signal.SIGKILL, 2)) for i in range(max(1, arguments.kills // 10))])
+        run("two processes asked to stop", kill, [("SIGTERM", (work, corpus, 0, signal.SIGTERM, 2))])
         good, stranger = (work / "alternating" / "last.pt").read_bytes(), (other / "last.pt").read_bytes()
         run("newest checkpoint damaged", damage, [(name, (work, name, content)) for name, content in damages(good, stranger)])
         run("disk full", full_disk, [(f"at {limit:,} bytes", (work, corpus, limit)) for limit in (100, 20_000)])
