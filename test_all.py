@@ -1237,9 +1237,11 @@ class Code:
 def test_bad_checkpoints(corpus, tmp_path):
     """Other settings, another corpus, a damaged file and a pickle with code in it are refused by --resume; nothing is lost."""
     run = tmp_path / "run"
-    assert program("--data", corpus, *TINY, "--epochs", 1, "--out", run).returncode == 0
+    first = program("--data", corpus, *TINY, "--epochs", 1, "--out", run)
+    again = program("--resume", run)                                    # all epochs are done: only the test is left
+    assert first.returncode == again.returncode == 0 and "has run its 1 epochs" in again.stdout
+    assert first.stdout.split("\n")[-2] == again.stdout.split("\n")[-2]
     assert "--hidden-size (was 12, now 13)" in bad_input("--resume", run, "--hidden-size", 13)
-    assert "--epochs" in bad_input("--resume", run)                                                # all epochs are done
     assert "leave --out" in bad_input("--resume", run, "--out", tmp_path / "other")
     log, good = (run / "log.csv").read_bytes(), (run / "last.pt").read_bytes()
     text = (corpus / "train.txt").read_text()
@@ -1252,6 +1254,8 @@ def test_bad_checkpoints(corpus, tmp_path):
     assert "another model" in bad_input("--resume", run, "--epochs", 2)
     torch.save({**checkpoint, "epoch": Code(tmp_path / "executed")}, run / "last.pt")
     assert "cannot be read" in bad_input("--resume", run, "--epochs", 2) and not (tmp_path / "executed").exists()
+    torch.save({**checkpoint, "settings": {**checkpoint["settings"], "seed": 8}}, run / "last.pt")
+    assert "of another run" in bad_input("--resume", run, "--epochs", 2)
     torch.save([1, 2], run / "last.pt")
     assert "not a checkpoint" in bad_input("--resume", run, "--epochs", 2)
     for damaged in (good[:100], b""):

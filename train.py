@@ -537,9 +537,17 @@ def read_checkpoint(path):
 
 
 def read_newest(folder, say=True):
-    """The folder's last.pt, or, where that is damaged or lost, the one before it, saying so."""
+    """The folder's last.pt, or, where that is damaged, lost, or from another run, the one before it, saying so."""
     try:
-        return read_checkpoint(folder / "last.pt")
+        content = read_checkpoint(folder / "last.pt")
+        try:
+            settings = json.loads((folder / "settings.json").read_text())
+        except (OSError, ValueError):
+            settings = {}                                               # lost: nothing to compare with
+        if any(json.dumps(content["settings"][name]) != json.dumps(value) for name, value in settings.items()
+               if name in content["settings"] and name not in MAY_CHANGE):
+            raise UserError(f"{folder / 'last.pt'} is of another run than {folder / 'settings.json'}")
+        return content
     except UserError as error:
         if not (folder / "previous.pt").exists():
             raise
