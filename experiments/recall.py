@@ -1,56 +1,58 @@
 """Is credit carried across a border? The language `recall`, its delay longer than a chunk, so that truncation cuts every link.
 
-    python experiments/recall.py                   all arms, borders and seeds; resumable; see --help for parts of it
-    python experiments/recall.py --seeds 1 --arms bptt full --borders 1       a first look
+    python experiments/recall.py                                        everything, about an hour on two cores; resumable
+    python experiments/recall.py --seeds 1 --arms bptt full             a first look
 
-An episode shows one of K symbols, then D fillers, a query and the symbol again (data.py). With D = b T - 1 the answer comes
-exactly b chunks of T after the symbol, whatever the phase: b borders lie between. Arms, at equal updates and equal tokens:
+An episode shows one of K symbols, then D fillers, a query, and the symbol again (data.py). With D = b T - 1 the answer comes
+exactly b chunks of T steps after the symbol: b borders lie between them, whatever the phase. Arms, at equal updates and
+equal tokens:
 
-    bptt      truncated: nothing crosses a border
-    full      the loss of the last chunk, backpropagated through that chunk and the b before it: all the credit there is
+    bptt      truncated: no gradient crosses a border
+    full      the last chunk's loss, backpropagated through that chunk and the b before it: all the credit there is
     neuron    the neuron-wise DNI (paper, 2.2)
-    layer     the layer-wise DNI (Jaderberg et al. 2017), which knows which neuron is which
+    layer     the layer-wise DNI (DNI, 2.1): sees a whole layer at once, and knows which neuron is which
 
-An update is `train_step` of train.py, without dropout and regularisation, on a text that never repeats. Every so often the model is
-tested on a text of its own: accuracy of the answer (chance: 1 / K), perplexity (the floor is known), and for a DNI
-cosine and R^2 of its predictions with the TRUE future gradient, found by backpropagation through the whole test text without a
-cut, beside those with its bootstrapped targets, found in training.
+and changes to the neuron-wise one, one at a time:
+
+    fast      g learns at ten times the rate
+    window    g sees this border's scalar and the last one's
+    scaled    g predicts in units of the targets' root mean square
+    memory    g's errors are backpropagated through h_g over 4 borders
+    named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
+
+An update is `train_step` of train.py, with no dropout, on a text that never repeats. The model, one QRNN layer of 64, starts with a forget
+gate of sigmoid(2), so that a state outlives a border. Every so often it is tested on a text of its own: accuracy of the answer (chance
+1 / K), perplexity (the floor is known), and for a DNI the cosine and R^2 of its predictions with the TRUE future gradient, by
+backpropagation through all of the test text without a cut, beside those with its bootstrapped targets in training.
 """
 
 import argparse
-import concurrent.futures
-import csv
 import dataclasses
 import math
-import multiprocessing
-import sys
 import time
 from pathlib import Path
 
+import study
 import torch
+import train
+from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train                                                                                       # noqa: E402
-from data import recall, streams                                                                   # noqa: E402
-from dni import Agreement                                                                          # noqa: E402
-from qrnn import QRNN                                                                      # noqa: E402
+from data import recall, streams
+from dni import Agreement, NeuronDNI
+from qrnn import QRNN
 
 T, B, NEURONS, SYMBOLS, FILLERS = 10, 32, 64, 4, 8
-ARMS = ("bptt", "full", "neuron", "layer")
-SETTINGS = train.Settings(
-    mode="dni", embedding_size=NEURONS, hidden_size=NEURONS, num_layers=1, window=1, dropout_output=0.0, dropout_hidden=0.0,
-    dropout_input=0.0, activation=0.0, temporal=0.0, l2=0.0, clip=1.0, batch_size=B, bptt=T, lr=3e-3)
-COLUMNS = ("arm", "variant", "borders", "seed", "updates", "accuracy", "perplexity", "floor", "true_cosine", "true_r2", "cosine", "r2", "seconds")
+SETTINGS = train.Settings(embedding_size=NEURONS, hidden_size=NEURONS, num_layers=1, l2=0.0, clip=1.0, batch_size=B, bptt=T, lr=3e-3)
 
 
-class Reader(torch.nn.Module):
-    """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is, with PyTorch's own initialisation."""
+class Reader(nn.Module):
+    """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is."""
 
     def __init__(self, vocabulary):
         super().__init__()
-        self.embedding, self.rnn = torch.nn.Embedding(vocabulary, NEURONS), QRNN(NEURONS, NEURONS)
-        self.decoder = torch.nn.Linear(NEURONS, vocabulary)
+        self.embedding, self.rnn, self.decoder = nn.Embedding(vocabulary, NEURONS), QRNN(NEURONS, NEURONS), nn.Linear(NEURONS, vocabulary)
+        with torch.no_grad():
+            self.rnn.layers[0].bias[NEURONS:2 * NEURONS] += 2.0                                    # forget gates
 
     def forward(self, tokens, state=None):
         h, state = self.rnn(self.embedding(tokens), state)
@@ -58,115 +60,158 @@ class Reader(torch.nn.Module):
 
     def loss(self, tokens, targets, state=None, *_):
         logits, state = self(tokens, state)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), 0.0, state
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), 0.0, state
 
 
-def full_step(model, optimizer, chunks, states, s):
-    """An update from the loss of the last of `chunks` [(inputs, targets)], backpropagated into the first. Returns its end state."""
-    optimizer.zero_grad(set_to_none=True)
-    inputs = torch.cat([x for x, _ in chunks])
-    logits, new_state = model(inputs, states)
+# --------------------------------------------------------------------------------------------- changes to the interface
+
+class Scaled(NeuronDNI):
+    scale = 1.0                                                         # set by `one`
+
+    def forward(self, state, memory=None):
+        predicted, memory = super().forward(state, memory)
+        return [self.scale * p for p in predicted], memory
+
+
+class Memory(NeuronDNI):
+    """The prediction to be learned from is made anew from the last borders' states, with the graph of h_g over them."""
+    borders, past = 4, ()
+
+    def forward(self, state, memory=None):
+        if not torch.is_grad_enabled():
+            return super().forward(state, memory)
+        self.past = [*self.past, (state, memory)][-self.borders:]
+        memory = self.past[0][1]
+        for earlier, _ in self.past:
+            predicted, memory = super().forward(earlier, memory)
+        return predicted, memory
+
+
+class Named(NeuronDNI):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.names = nn.Parameter(torch.randn(NEURONS, 50) / 50 ** 0.5)
+
+    def predict(self, s, memory, masks=None):
+        x = self.encode(s).view(-1, *self.names.shape) + self.names                                # (B, neurons, 50)
+        h, memory = self.rnn(x.view(1, -1, self.names.shape[1]), memory, masks)
+        return self.decode(h[0]).flatten(), memory
+
+
+# arm: (settings, class of g or None for train.py's own)
+ARMS = {"bptt": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None), "neuron": (dict(mode="dni"), None),
+        "layer": (dict(mode="dni", dni="layer"), None), "fast": (dict(mode="dni", dni_lr=1e-2), None),
+        "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
+        "named": (dict(mode="dni"), Named)}
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+def full_step(model, optimizer, chunks, state):
+    """An update from the loss of the last of `chunks` [(inputs, targets)], backpropagated into the first, entered with `state`."""
+    logits, new_state = model(torch.cat([x for x, _ in chunks]), state)
     last = chunks[-1][1]
-    torch.nn.functional.cross_entropy(logits[-len(last):].flatten(0, 1), last.flatten()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+    optimizer.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(logits[-len(last):].flatten(0, 1), last.flatten()).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip)
     optimizer.step()
     return train.cut(new_state)
 
 
 @torch.no_grad()
 def test(model, inputs, targets):
-    """(accuracy of the answers, perplexity) on (L, B) streams, from a zero state; the first episodes are left out."""
-    model.eval()
-    logits, _ = model(inputs)
-    model.train()
-    warm = len(inputs) // 4
-    log_p, answers = logits.log_softmax(-1)[warm:], inputs[warm:] == SYMBOLS + FILLERS             # after "?"
-    correct = (log_p.argmax(-1) == targets[warm:])[answers].float().mean().item()
-    return correct, math.exp(-log_p.gather(-1, targets[warm:, :, None]).mean().item())
+    """(accuracy of the answers, perplexity) on (L, B) streams, the first quarter for warming up."""
+    log_p = model(inputs)[0].log_softmax(-1)[len(inputs) // 4:]
+    inputs, targets = inputs[len(inputs) // 4:], targets[len(inputs) // 4:]
+    answers = inputs == SYMBOLS + FILLERS                               # what follows the query
+    accuracy = (log_p.argmax(-1) == targets)[answers].double().mean()
+    return accuracy.item(), math.exp(-log_p.gather(-1, targets[..., None]).mean())
 
 
 def truth(model, g, inputs, targets):
-    """Agreement of g's predictions with the gradient of all the loss that is still to come, in the middle half of the text."""
-    state, memory, losses, states, predictions = None, None, [], [], []
-    for start in range(0, len(inputs) - T + 1, T):
+    """Agreement of g's predictions, in the middle half of the text, with the gradient of all the loss that is still to come."""
+    state, memory, loss, borders = None, None, 0.0, []
+    for start in range(0, len(inputs), T):
+        x, y = inputs[start:start + T], targets[start:start + T]
         if state:
-            state = [(c.clone(), x_prev) for c, x_prev in state]
-            states.append(train.border(state))
-            for c in states[-1]:
-                c.retain_grad()
+            c = train.border(state)
+            for c_l in c:
+                c_l.retain_grad()
             with torch.no_grad():
-                predicted, memory = g(states[-1], memory)
-            predictions.append(predicted)
-        nll, _, state = model.loss(inputs[start:start + T], targets[start:start + T], state)
-        losses.append(nll * inputs[start:start + T].numel())
-    sum(losses).backward()                                              # each stream's own summed loss
-    agreement, n = Agreement(), len(states)
-    for predicted, state in list(zip(predictions, states))[n // 4:n * 3 // 4]:
-        agreement.update(predicted, [c.grad for c in state])
-    model.zero_grad(set_to_none=True)
+                predicted, memory = g(c, memory)
+            borders.append((predicted, c))
+        nll, _, state = model.loss(x, y, state)
+        loss = loss + nll * x.numel()                                   # summed, each stream its own
+    loss.backward()
+    agreement = Agreement()
+    for predicted, c in borders[len(borders) // 4:len(borders) * 3 // 4]:
+        agreement.update(predicted, [c_l.grad for c_l in c])
     return agreement.result()
 
 
-def one(arm, variant, borders, seed, updates, every):
-    """One run; returns its rows for the log."""
-    torch.set_num_threads(1)
-    s = dataclasses.replace(SETTINGS, seed=seed, dni="layer" if arm == "layer" else "neuron", mode="dni" if arm in ("neuron", "layer") else "bptt",
-                            **{k: v for k, v in VARIANTS[variant].items() if k != "forget"})
-    delay = borders * T - 1
-    episodes = updates * T * B // (delay + 3) + 10 * B
-    corpus = recall(delay, SYMBOLS, FILLERS, episodes, seed)
+def one(case, updates, every):
+    arm, borders, seed = case["arm"], case["borders"], case["seed"]
+    settings, special = ARMS[arm]
+    s = dataclasses.replace(SETTINGS, seed=seed, dni_alpha=case["alpha"] or 0.0, **settings)
+    corpus = recall(borders * T - 1, SYMBOLS, FILLERS, updates * T * B // (borders * T + 2) + 2 * B, seed)
     inputs, targets = streams(corpus.train, B)
-    test_inputs, test_targets = (x[:24 * T] for x in streams(corpus.valid[:24 * T * 64 + 1], 64)) 
-    _, _, interface = train.build(s, len(corpus.vocabulary), "cpu")
+    test_text = [x[:24 * T] for x in streams(recall(borders * T - 1, SYMBOLS, FILLERS, 64 * 24, seed + 1000).train, 64)]
+    interface = train.build(s, len(corpus.vocabulary), "cpu")[2]
+    if special:
+        g = special(s.dni_hidden)
+        interface = train.Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr), Agreement())
+    torch.manual_seed(seed)
     model = Reader(len(corpus.vocabulary))
     optimizer = torch.optim.Adam(model.parameters(), s.lr)
-    with torch.no_grad():
-        model.rnn.layers[0].bias[NEURONS:2 * NEURONS] += VARIANTS[variant].get("forget", 2.0)
-    model.train()
     rows, state, memory, started, recent = [], None, None, time.monotonic(), []
     for k in range(updates):
         chunk = inputs[k * T:(k + 1) * T], targets[k * T:(k + 1) * T]
         if arm == "full":
-            recent = (recent + [(chunk, state)])[-borders - 1:]
-            state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1], s)
+            recent = [*recent, (chunk, state)][-borders - 1:]
+            state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1])
         else:
             _, state, memory = train.train_step(model, optimizer, interface, *chunk, state, memory, bool(interface), s)
+        if arm == "scaled" and k:
+            interface.g.scale = (interface.agreement.sums[2] / (k % every + 1)).sqrt()            # mean of t^2 since the last test
         if (k + 1) % every == 0:
-            accuracy, perplexity = test(model, test_inputs, test_targets)
+            accuracy, perplexity = test(model, *test_text)
             agreed = [math.nan] * 4
             if interface:
-                agreed = [*truth(model, interface.g, test_inputs, test_targets), *interface.agreement.result()]
+                agreed = [*truth(model, interface.g, *test_text), *interface.agreement.result()]
                 interface.agreement.sums = 0.0
-            rows.append([arm, variant, borders, seed, k + 1, round(accuracy, 4), round(perplexity, 4), round(corpus.facts["perplexity floor"], 4),
-                         *(round(a, 5) for a in agreed), round(time.monotonic() - started, 1)])
+            rows.append({**case, "updates": k + 1, "accuracy": round(accuracy, 4), "perplexity": round(perplexity, 4),
+                         "floor": round(corpus.facts["perplexity floor"], 4),
+                         **dict(zip(("true_cosine", "true_r2", "cosine", "r2"), (round(a, 4) for a in agreed))),
+                         "seconds": round(time.monotonic() - started, 1)})
     return rows
 
 
-VARIANTS = {"alpha 0.1": {}, "alpha 0.5": dict(dni_alpha=0.5), "alpha 0.9": dict(dni_alpha=0.9), "alpha 1": dict(dni_alpha=1.0), "g lr 1e-2": dict(dni_alpha=0.9, dni_lr=1e-2)}
+class One:
+    """`one` with its options, to be sent to another process."""
+
+    def __init__(self, **options):
+        self.options = options
+
+    def __call__(self, case):
+        return one(case, **self.options)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Is credit carried across the border of truncated backpropagation?")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--alphas", nargs="+", type=float, default=(0.1, 0.9, 1.0), help="alpha of neuron and layer [%(default)s]")
+    parser.add_argument("--alpha", type=float, default=0.9, help="alpha of the changed ones [%(default)s]")
     parser.add_argument("--borders", nargs="+", type=int, default=(1, 2, 3))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--updates", type=int, default=2400)
-    parser.add_argument("--every", type=int, default=200, help="updates from one test to the next")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--log", type=Path, default=ROOT / "experiments" / "logs" / "recall.csv")
+    parser.add_argument("--every", type=int, default=200, help="updates from one test to the next [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time [%(default)s]")
+    parser.add_argument("--log", type=Path, default=study.LOGS / "recall.csv")
     a = parser.parse_args()
-    before = list(csv.reader(a.log.open()))[1:] if a.log.exists() else []
-    done = {tuple(row[:4]) for row in before}
-    cases = [(arm, variant, b, seed) for seed in range(a.seeds) for b in a.borders for variant in a.variants for arm in a.arms]
-    cases = [c for c in cases if tuple(map(str, c)) not in done]
-    with concurrent.futures.ProcessPoolExecutor(a.jobs, multiprocessing.get_context("spawn")) as pool:
-        under_way = {pool.submit(one, *c, a.updates, a.every): c for c in cases}
-        for n, future in enumerate(concurrent.futures.as_completed(under_way)):
-            before += future.result()
-            with train.replacing(a.log) as file:
-                file.write("".join(",".join(map(str, row)) + "\n" for row in [COLUMNS, *before]).encode())
-            print(f"{n + 1}/{len(cases)}", *future.result()[-1], flush=True)
+    cases = [dict(arm=arm, alpha=alpha, borders=b, seed=seed) for seed in range(a.seeds) for b in a.borders for arm in a.arms
+             for alpha in (("",) if arm in ("bptt", "full") else a.alphas if arm in ("neuron", "layer") else (a.alpha,))]
+    study.run(a.log, One(updates=a.updates, every=a.every), cases, a.jobs, updates=a.updates,
+              model=f"QRNN of {NEURONS}, T = {T}, B = {B}, {SYMBOLS} symbols, {FILLERS} fillers, Adam {SETTINGS.lr}")
 
 
 if __name__ == "__main__":

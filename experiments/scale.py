@@ -19,13 +19,12 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import speed                                                                                       # noqa: E402
-import train                                                                                       # noqa: E402
+import speed
+import study
+import train
 
 PTB = 929_589                                                                                      # tokens of its training text
 
@@ -83,7 +82,7 @@ def main():
         for c in configurations:
             taken[c].append(measure(preset, kind, *c))
     print("\r\033[K", end="", file=sys.stderr)
-    print(f"{speed.processor()}, {cores} threads; torch {torch.__version__}; preset {preset}, {kind}; {arguments.rounds} rounds\n\n"
+    print(f"{study.processor()}, {cores} threads; torch {torch.__version__}; preset {preset}, {kind}; {arguments.rounds} rounds\n\n"
           f"| processes | threads in each | ms a step | of which averaging | tokens/s | against one process of {cores} threads |\n|---|---|---|---|---|---|")
     for c in configurations:
         ms, averaging = (statistics.median(column) for column in zip(*taken[c]))

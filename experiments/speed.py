@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train                                                                                       # noqa: E402
-from qrnn import QRNN, pool, pool_loop                                                             # noqa: E402
+import study
+import train
+from qrnn import QRNN, pool, pool_loop
 
 PRESETS = {"small": train.SMALL, "paper": dataclasses.replace(train.PAPER, jitter=False)}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -250,13 +250,6 @@ def show(title, rows, columns):
     sys.stdout.flush()
 
 
-def processor():
-    try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def main():
     parser = argparse.ArgumentParser(description="How fast is it, side by side with its floor and with nn.LSTM?")
     parser.add_argument("--sizes", nargs="+", choices=PRESETS, default=list(PRESETS))
@@ -272,7 +265,7 @@ def main():
         parser.error("--rounds must be at least 1")
     sizes, rounds, device = arguments.sizes, arguments.rounds, arguments.device
     train.keep_freed_memory()
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{study.processor()}, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}, Python {platform.python_version()}; {rounds} rounds")
     tables = {}
     for name in arguments.tables:

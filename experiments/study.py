@@ -1,0 +1,83 @@
+"""What the studies share: cases, each run once, several at a time, in a log that grows by whole cases and can be gone on with.
+
+A log is a CSV file; its first columns name a case, and the rows of a case are written when it has ended. Beside it, the JSON
+file of the same name says what machine and command it comes from.
+"""
+
+import concurrent.futures
+import csv
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "experiments" / "logs"
+sys.path.insert(0, str(ROOT))
+import train                                                                                       # noqa: E402
+
+
+def processor():
+    try:
+        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def read(path):
+    """The rows of a log as dictionaries of strings; none where there is no log."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path, rows):
+    with train.replacing(path) as file:
+        file.write("".join(",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]).encode())
+
+
+def run(log, function, cases, jobs, **facts):
+    """Call function(case) -> rows for each case that `log` lacks, in `jobs` processes; cases and rows are dictionaries.
+
+    A row begins with its case. facts: what else the JSON file is to say.
+    """
+    rows = read(log)
+    done = {tuple(row[name] for name in cases[0]) for row in rows}
+    cases = [case for case in cases if tuple(map(str, case.values())) not in done]
+    print(f"{log.name}: {len(cases)} runs to do, {jobs} at a time", flush=True)
+    started, threads = time.monotonic(), max(1, torch.get_num_threads() // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    facts = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "python": platform.python_version(),
+             "machine": f"{processor()}, {jobs} runs at a time, {threads} threads each", **facts}
+    if torch.cuda.is_available():
+        facts["machine"] = f"{torch.cuda.get_device_name()}, {jobs} runs at a time"
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for n, future in enumerate(concurrent.futures.as_completed([pool.submit(function, case) for case in cases]), 1):
+                rows += future.result()
+                log.parent.mkdir(parents=True, exist_ok=True)
+                write(log, rows)
+                log.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+                left = (len(cases) - n) * (time.monotonic() - started) / n
+                print(f"{n}/{len(cases)}, {train.clock(left)} left:", *(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            sys.exit("stopped; the same command goes on")
+
+
+def train_run(case, arguments, folder):
+    """train.py with `arguments` in `folder`, or going on there. Returns the rows of its log, each with its case and the test perplexity."""
+    command = ["--resume", folder] if any((folder / name).exists() for name in ("last.pt", "previous.pt")) else [*arguments, "--out", folder]
+    process = subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)], capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{case}: {process.stderr.strip()[-500:]}")
+    tested = process.stdout.split()[-1]
+    return [{**case, **row, "test_perplexity": tested} for row in read(folder / "log.csv")]
