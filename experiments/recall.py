@@ -12,7 +12,7 @@ equal tokens:
     neuron    the neuron-wise DNI (paper, 2.2)
     layer     the layer-wise DNI (DNI, 2.1): sees a whole layer at once, and knows which neuron is which
 
-and changes to the neuron-wise one, one at a time:
+and changes to the neuron-wise one, one at a time, over one and two borders:
 
     fast      g learns at ten times the rate
     window    g sees this border's scalar and the last one's
@@ -209,6 +209,7 @@ def main():
     parser.add_argument("--log", type=Path, default=study.LOGS / "recall.csv")
     a = parser.parse_args()
     cases = [dict(arm=arm, alpha=alpha, borders=b, seed=seed) for seed in range(a.seeds) for b in a.borders for arm in a.arms
+             if b <= 2 or arm in ("bptt", "full", "neuron", "layer")
              for alpha in (("",) if arm in ("bptt", "full") else a.alphas if arm in ("neuron", "layer") else (a.alpha,))]
     study.run(a.log, One(updates=a.updates, every=a.every), cases, a.jobs, updates=a.updates,
               model=f"QRNN of {NEURONS}, T = {T}, B = {B}, {SYMBOLS} symbols, {FILLERS} fillers, Adam {SETTINGS.lr}")

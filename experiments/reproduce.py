@@ -1,0 +1,62 @@
+"""The paper's five methods, at equal budget, the learning rate of each searched over the same grid.
+
+    python experiments/reproduce.py --scale small                  PTB at a size for two CPU cores; resumable
+    python experiments/reproduce.py --scale small --data wt2 --seeds 42
+    python experiments/reproduce.py --scale paper --data ptb       the paper's own configuration, for a GPU
+
+The first seed is run at every rate of the grid; the others at the rate that was best for their method on validation text.
+
+Scale small: two layers of 256 and 128, T = 70, 7 epochs, as many runs of SGDR as end in the paper's best 315 of 320 epochs on a synthetic one:
+E_base = 7 / 15, so that runs 0 to 3 end at epochs 0.47, 1.4, 3.3 and 7. Scale paper: `--preset paper`, the paper's rate only.
+"""
+
+import argparse
+
+import study
+
+METHODS = {"bptt": ["--mode", "bptt"], "dni": ["--mode", "dni"], "restart": ["--mode", "restart"],
+           "dni-restart": ["--mode", "restart", "--gradient", "synthetic"], "alternating": ["--mode", "alternating"]}
+SIZE = {"small": ["--embedding-size", 128, "--hidden-size", 256, "--epochs", 7], "paper": ["--preset", "paper"]}
+E_BASE = {"small": 7 / 15, "paper": 5.0}
+RATES = {"small": (1e-3, 3e-3, 1e-2), "paper": (1e-3,)}
+SEEDS = {"small": (42, 43, 44), "paper": (42,)}
+
+
+class One:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, case):
+        arguments = [*SIZE[self.scale], "--data", case["data"], *METHODS[case["method"]], "--lr", case["lr"], "--seed", case["seed"]]
+        if "restart" in case["method"] or case["method"] == "alternating":
+            arguments += ["--e-base", E_BASE[self.scale]]
+        return study.train_run(case, arguments, study.ROOT / "runs" / f"reproduce-{self.scale}" / "-".join(map(str, case.values())))
+
+
+def best_rate(rows, data, method, seed):
+    """The rate with the lowest validation perplexity at any epoch, as a string; None where nothing has run."""
+    rows = [row for row in rows if (row["data"], row["method"], row["seed"]) == (data, method, str(seed))]
+    return min(rows, key=lambda row: float(row["valid_perplexity"]))["lr"] if rows else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The paper's five methods at equal budget.")
+    parser.add_argument("--scale", choices=SIZE, required=True)
+    parser.add_argument("--data", choices=("ptb", "wt2"), default="ptb")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time [%(default)s]")
+    a = parser.parse_args()
+    log, seeds = study.LOGS / f"reproduce-{a.scale}.csv", a.seeds or SEEDS[a.scale]
+
+    def run(choices):
+        study.run(log, One(a.scale), [dict(data=a.data, method=m, lr=lr, seed=seed) for m, lr, seed in choices], a.jobs,
+                  settings=" ".join(map(str, SIZE[a.scale])), e_base=E_BASE[a.scale])
+    run([(m, lr, seeds[0]) for lr in RATES[a.scale] for m in a.methods])
+    best = {m: float(best_rate(study.read(log), a.data, m, seeds[0])) for m in a.methods}
+    if seeds[1:]:
+        run([(m, best[m], seed) for seed in seeds[1:] for m in a.methods])
+
+
+if __name__ == "__main__":
+    main()
