@@ -14,7 +14,6 @@ equal tokens:
 
 and changes to the neuron-wise one, one at a time, over one and two borders:
 
-    fast      g learns at ten times the rate
     window    g sees this border's scalar and the last one's
     scaled    g predicts in units of the targets' root mean square
     memory    g's errors are backpropagated through h_g over 4 borders
@@ -100,7 +99,7 @@ class Named(NeuronDNI):
 
 # arm: (settings, class of g or None for train.py's own)
 ARMS = {"bptt": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None), "neuron": (dict(mode="dni"), None),
-        "layer": (dict(mode="dni", dni="layer"), None), "fast": (dict(mode="dni", dni_lr=1e-2), None),
+        "layer": (dict(mode="dni", dni="layer"), None),
         "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
         "named": (dict(mode="dni"), Named)}
 
@@ -150,6 +149,7 @@ def truth(model, g, inputs, targets):
 
 
 def one(case, updates, every):
+    train.keep_freed_memory()
     arm, borders, seed = case["arm"], case["borders"], case["seed"]
     settings, special = ARMS[arm]
     s = dataclasses.replace(SETTINGS, seed=seed, dni_alpha=case["alpha"] or 0.0, **settings)
