@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import math
@@ -1269,6 +1270,74 @@ def test_output_folders_are_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [str(train.output_folder(None, train.SMALL)) for _ in range(3)]
     assert folders == [str(Path("runs") / name) for name in ("pydoc-alternating", "pydoc-alternating-2", "pydoc-alternating-3")]
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    """The modules of experiments/, by name."""
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    return importlib.import_module
+
+
+def test_the_true_future_gradient_of_recall(studies):
+    """What recall.py calls the true gradient of s_k is that of all the text after border k, read on in one piece from s_k."""
+    recall = studies("recall")
+    text = recall.recall(9, episodes=200).train[:24 * recall.T * 4 + 1]
+    (inputs, targets), model, T = data.streams(text, 4), recall.Reader(13), recall.T
+
+    def oracle(state, memory):
+        k = (memory or 0) + 1
+        leaf = [(state[0].detach().requires_grad_(), torch.zeros(0, 4, recall.NEURONS))]
+        with torch.enable_grad():
+            logits, _ = model(inputs[k * T:], leaf)
+            future = F.cross_entropy(logits.flatten(0, 1), targets[k * T:].flatten(), reduction="sum")
+            return [torch.autograd.grad(future, leaf[0][0])[0]], k
+    assert recall.truth(model, oracle, inputs, targets) == pytest.approx((1, 1), abs=1e-5)
+    assert recall.truth(model, lambda *a: ([-2 * x for x in oracle(*a)[0]], oracle(*a)[1]), inputs, targets) == pytest.approx((-1, -8), abs=1e-4)
+
+
+def test_full_credit_of_recall(studies):
+    """The arm `full` of recall.py makes the gradient of the last chunk's loss through all its chunks; with one, a BPTT step."""
+    recall = studies("recall")
+    (inputs, targets), T = data.streams(recall.recall(9, episodes=20).train, 2), recall.T
+    chunks = [(inputs[k * T:][:T], targets[k * T:][:T]) for k in range(3)]
+    for n in (1, 3):
+        weights = []
+        for form in ("full", "by hand"):
+            torch.manual_seed(3)
+            model = recall.Reader(13)
+            optimizer = torch.optim.SGD(model.parameters(), 1.0)
+            if form == "full":
+                recall.full_step(model, optimizer, chunks[:n], None)
+            else:
+                state = None
+                for x, y in chunks[:n]:
+                    loss, _, state = model.loss(x, y, state)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recall.SETTINGS.clip)
+                optimizer.step()
+            weights.append([p.detach() for p in model.parameters()])
+        close(*weights)
+
+
+def test_a_study_goes_on_and_reports(studies, tmp_path):
+    """A study runs each case once, whatever it is called for again, and its report is made of its log."""
+    log = tmp_path / "recall.csv"
+    for arms, todo in ((["bptt", "layer"], 2), (["layer", "neuron", "bptt"], 1)):
+        run = subprocess.run([sys.executable, HERE / "experiments" / "recall.py", "--arms", *arms, "--seeds", "1", "--borders", "1", "--alphas", "1",
+                              "--updates", "4", "--every", "2", "--log", log], capture_output=True, text=True, timeout=240)
+        assert run.returncode == 0 and f"{todo} runs to do" in run.stdout, run.stderr
+    rows = studies("study").read(log)
+    assert [(row["arm"], row["updates"]) for row in rows if row["arm"] == "neuron"] == [("neuron", "2"), ("neuron", "4")] and len(rows) == 6
+    table = studies("report").recall(rows)
+    accuracy = next(float(row["accuracy"]) for row in rows if (row["arm"], row["updates"]) == ("layer", "4"))
+    assert f"| layer-wise DNI | 1.0 | {accuracy:.2f} [{accuracy:.2f}, {accuracy:.2f}] | 0/1 |" in table
+
+
+def test_results_are_what_the_logs_say(studies):
+    """experiments/results.md is what report.py makes of the logs beside it, to the letter."""
+    report, study = studies("report"), studies("study")
+    assert (HERE / "experiments" / "results.md").read_text() == report.results({name: study.read(study.LOGS / f"{name}.csv") for name in report.LOGS})
 
 
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])

@@ -15,12 +15,14 @@ import train
 from dni import LayerDNI, NeuronDNI
 
 OUT = study.ROOT / "experiments"
+LOGS = ("recall", "truncation", "reproduce-small", "reproduce-paper")
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
          "alternating": "alternating", "full": "full BPTT", "neuron": "neuron-wise DNI", "layer": "layer-wise DNI",
          "window": "neuron-wise, window 2", "scaled": "neuron-wise, targets normalised",
          "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named"}
+ORDER = ("bptt", "full", "neuron", "window", "memory", "scaled", "named", "layer")
 COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "named": "#9467bd", "dni": "#d62728",
            "restart": "0.35", "dni-restart": "#d62728", "alternating": "#1f77b4"}
 
@@ -72,16 +74,19 @@ def recall(rows):
     borders = sorted({row["borders"] for row in rows})
     seeds = len({row["seed"] for row in rows})
     lines, agreement = [], []
-    for arm, alpha in groups(rows, "arm", "alpha"):
+    for arm, alpha in sorted(groups(rows, "arm", "alpha"), key=lambda case: (ORDER.index(case[0]), case[1])):
         line, of_g = [NAMES[arm], alpha or "-"], [NAMES[arm], alpha]
         for b in borders:
             mine = [run for (a, al, bo, _), run in runs.items() if (a, al, bo) == (arm, alpha, b)]
-            low, middle, high = quartiles([float(run[-1]["accuracy"]) for run in mine]) if mine else [float("nan")] * 3
-            line += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{sum(float(run[-1]['accuracy']) > 0.9 for run in mine)}/{len(mine)}",
-                     f"{statistics.median(float(run[-1]['perplexity']) / float(run[-1]['floor']) for run in mine):.3f}" if mine else "-"]
+            if not mine:
+                line += ["not run", "", ""]
+            else:
+                low, middle, high = quartiles([float(run[-1]["accuracy"]) for run in mine])
+                line += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{sum(float(run[-1]['accuracy']) > 0.9 for run in mine)}/{len(mine)}",
+                         f"{statistics.median(float(run[-1]['perplexity']) / float(run[-1]['floor']) for run in mine):.3f}"]
             for name in ("true_cosine", "true_r2", "cosine", "r2"):
                 means = [statistics.mean(numbers(run, name)) for run in mine]
-                of_g.append(f"{statistics.median(means):+.3f}" if mine else "-")
+                of_g.append(f"{statistics.median(means):+.3f}" if mine else "")
         lines.append(line)
         if alpha:
             agreement.append(of_g)
@@ -217,24 +222,25 @@ def figure_curves(plt, rows):
     return figure
 
 
-def main():
-    logs = {name: study.read(study.LOGS / f"{name}.csv") for name in ("recall", "truncation", "reproduce-small", "reproduce-paper")}
-    sizes = [1550] * 3 + [400]
+def results(logs):
+    """The text of results.md. logs: {name: rows}."""
     text = ["# Results\n\nWritten by `python experiments/report.py` out of `experiments/logs/`. ± is the standard deviation over seeds.\n"]
 
-    def section(title, name, body, picture=None):
+    def section(title, name, body, picture):
         text.append(f"\n## {title}\n")
-        if not logs[name]:
-            text.append("Not run yet.\n")
-            return
-        text.append((f"![{title}]({picture})\n\n" if picture else "") + body(logs[name]) + "\n" + made_by(study.LOGS / f"{name}.csv"))
+        text.append(f"![{title}]({picture})\n\n{body(logs[name])}\n{made_by(study.LOGS / f'{name}.csv')}" if logs[name] else "Not run yet.\n")
     section("Is credit carried? `recall.py`", "recall", recall, "recall.png")
     section("Where does it matter? `truncation.py`", "truncation", truncation, "truncation.png")
     section("The paper's tables. `reproduce.py`", "reproduce-small",
             lambda rows: reproduce({"small": rows, "paper": logs["reproduce-paper"]}), "curves.png")
     text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): neuron-wise "
-                f"{train.parameters(NeuronDNI()):,} parameters, layer-wise {train.parameters(LayerDNI(sizes)):,}.\n")
-    (OUT / "results.md").write_text("\n".join(text))
+                f"{train.parameters(NeuronDNI()):,} parameters, layer-wise {train.parameters(LayerDNI([1550] * 3 + [400])):,}.\n")
+    return "\n".join(text)
+
+
+def main():
+    logs = {name: study.read(study.LOGS / f"{name}.csv") for name in LOGS}
+    (OUT / "results.md").write_text(results(logs))
     try:
         import matplotlib
     except ImportError:
