@@ -11,6 +11,7 @@ without it, without a GPU, and so on, the tests concerned are skipped and say so
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.server
@@ -936,17 +937,20 @@ def test_the_step_gets_what_the_run_says(monkeypatch):
 
 
 def test_what_is_not_finite_touches_nothing():
-    """A loss, or a g, gone to infinity raises before the model's weights change."""
+    """A loss, a gradient of a loss that is finite, or a g, gone to infinity raises before the model's weights change."""
     def spoil(model, interface):
-        torch.nn.init.constant_((model.decoder_bias if part == "model" else interface.g.decode[-1].bias), math.inf)
+        if part == "gradient":
+            model.decoder_bias.register_hook(lambda gradient: gradient * math.inf)
+        else:
+            torch.nn.init.constant_((model.decoder_bias if part == "model" else interface.g.decode[-1].bias), math.inf)
         models.append((model, {name: p.clone() for name, p in model.named_parameters()}))
 
-    for part, hint in (("model", "--lr"), ("g", "--dni-lr")):
+    for part, hint in (("model", "--lr"), ("gradient", "--lr"), ("g", "--dni-lr")):
         models = []
         with pytest.raises(train.NotFinite, match=f"(?s)step . of epoch 1 .run 0, real .*{hint}"):
             epoch_of(spoil, mode="alternating")
         [(model, before)] = models
-        if part == "model":
+        if part != "g":
             assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         else:
             assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -1024,6 +1028,17 @@ def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(w["model"].values() for w in weights)))
 
 
+def test_a_run_goes_on_in_another_folder(corpus, tmp_path):
+    """--resume OLD --out NEW ends as a straight run does, and leaves OLD as it is."""
+    old, new, straight = (tmp_path / name for name in ("old", "new", "straight"))
+    assert train.command(["--data", str(corpus), *TINY, "--epochs", "2", "--out", str(old)]) == 0
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    assert train.command(["--resume", str(old), "--epochs", "3", "--out", str(new)]) == 0
+    assert train.command(["--data", str(corpus), *TINY, "--epochs", "3", "--out", str(straight)]) == 0
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before and log_of(new) == log_of(straight)
+    assert "already holds a run" in bad_input("--resume", old, "--epochs", 3, "--out", new)
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_two_processes_are_one(corpus, tmp_path):
     """Without dropout, N processes do what one does, to float32 rounding: N = 2, 1 and 2 again, each going on from the last.
@@ -1072,6 +1087,16 @@ def test_a_signal_ends_the_run_after_the_step(number, corpus, tmp_path):
     assert resumed.stdout.split("\n")[-2] == straight.stdout.split("\n")[-2]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_second_signal_ends_the_run_at_once():
+    """The first Ctrl-C is noted, for the loop to look at; the second has the effect it has elsewhere."""
+    with pytest.raises(KeyboardInterrupt), train.stop_signals() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert False
+
+
 @pytest.mark.parametrize("damage", ["nothing left", "half of it", "one bit", "gone"])
 def test_a_damaged_checkpoint_is_not_used(damage, corpus, tmp_path):
     """The newest checkpoint damaged: one line says so, and the one before leads to the same end. Both damaged: a refusal."""
@@ -1103,6 +1128,11 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
     with pytest.raises((train.UserError, OSError), match="(?s)cannot be written|No space left"):
         train.save({"settings": {}, "x": torch.zeros(3)}, path)
     assert path.read_bytes() == before and train.read_checkpoint(path)["x"].sum() == 3
+    monkeypatch.undo()
+    with pytest.raises(OSError), train.replacing(path) as file:         # full when half of it is written
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
@@ -1165,6 +1195,14 @@ def test_an_infinite_loss_stops_the_run(corpus, tmp_path):
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert re.search(r"stopped: step 1 of epoch 3 .*not finite.*last\.pt", run.stderr) and run.stderr.count("\n") == 1
     assert torch.isfinite(torch.load(tmp_path / "r" / "best.pt", weights_only=True)["model"]["decoder_bias"]).all()
+
+
+def test_an_infinite_validation_loss_is_not_the_best(corpus, tmp_path, monkeypatch, capsys):
+    """It ends the run as an infinite training loss does, and neither best.pt nor the log hears of it."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
+    assert train.command(["--data", str(corpus), *TINY, "--epochs", "2", "--out", str(tmp_path / "r")]) == 1
+    assert "stopped: the validation loss after epoch 1" in capsys.readouterr().err
+    assert not any((tmp_path / "r" / name).exists() for name in ("best.pt", "last.pt", "log.csv"))
 
 
 def bad_input(*arguments):
@@ -1243,7 +1281,7 @@ def test_bad_checkpoints(corpus, tmp_path):
     assert first.returncode == again.returncode == 0 and "has run its 1 epochs" in again.stdout
     assert first.stdout.split("\n")[-2] == again.stdout.split("\n")[-2]
     assert "--hidden-size (was 12, now 13)" in bad_input("--resume", run, "--hidden-size", 13)
-    assert "leave --out" in bad_input("--resume", run, "--out", tmp_path / "other")
+    assert "leave --preset" in bad_input("--resume", run, "--preset", "small")
     log, good = (run / "log.csv").read_bytes(), (run / "last.pt").read_bytes()
     text = (corpus / "train.txt").read_text()
     for other in (text + "one two three\n", text.replace("w1 ", "w99 ")):                         # the second: as many words

@@ -40,6 +40,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -153,12 +154,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Command line -> (settings, output folder or None, whether to resume from it)."""
+    """Command line -> (settings, output folder or None, folder to resume from or None)."""
     parser = Parser(prog="train.py", description="Train a QRNN language model with real, synthetic or alternating gradients.",
                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=("small", "paper"),
                         help="small, the default: two CPU cores; paper: the paper's size and settings for the corpus")
-    parser.add_argument("--out", metavar="FOLDER", help="where log.csv and the checkpoints go; default runs/DATA-MODE")
+    parser.add_argument("--out", metavar="FOLDER", help="where log.csv and the checkpoints go; default runs/DATA-MODE, or the folder resumed from")
     parser.add_argument("--resume", metavar="FOLDER",
                         help=f"go on with the run in FOLDER, with its settings; may be changed: {', '.join(sorted(MAY_CHANGE))}")
     for f in dataclasses.fields(Settings):
@@ -177,8 +178,8 @@ def parse(argv):
     preset, out, resume = given.pop("preset"), given.pop("out"), given.pop("resume")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if resume is not None:
-        if out or preset:
-            raise UserError("--resume goes on in its own folder with its own settings: leave --out and --preset away")
+        if preset:
+            raise UserError("--resume goes on with its own settings: leave --preset away")
         before = read_newest(Path(resume))["settings"]
         changed = [f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})" for name, value in given.items()
                    if name not in MAY_CHANGE and before.get(name) != value]
@@ -191,8 +192,7 @@ def parse(argv):
     check(settings, given)
     if Path(settings.data).is_dir() and settings.data not in ("pydoc", "ptb", "wt2", "recall"):
         settings = dataclasses.replace(settings, data=str(Path(settings.data).resolve()))          # to resume from anywhere
-    folder = out if resume is None else resume
-    return settings, None if folder is None else Path(folder), resume is not None
+    return settings, *(folder and Path(folder) for folder in (out or resume, resume))
 
 
 def check(s, given=()):
@@ -783,13 +783,13 @@ def main(argv):
         parts.update(dni=interface.g, dni_optimizer=interface.optimizer)
     place = Place()
     if not rank:
-        out = out if resume else output_folder(out, s)
+        out = resume if resume and out == resume else output_folder(out, s)
         folder_lock = lock(out)                                         # noqa: F841, held until the process ends
     if resume:
-        checkpoint = read_newest(out, say=False)
+        checkpoint = read_newest(resume, say=False)
         if checkpoint.get("corpus") != corpus.fingerprint():
-            raise UserError(f"{out} was trained on another text than {corpus.name} is now; start a new run instead")
-        restore(parts, checkpoint, out / "last.pt")
+            raise UserError(f"{resume} was trained on another text than {corpus.name} is now; start a new run instead")
+        restore(parts, checkpoint, resume / "last.pt")
         place = Place(**checkpoint["place"])
         place.state, place.memory = (each(lambda t: t.chunk(processes, -2)[rank].clone().to(device), x) for x in (place.state, place.memory))
         for c, _ in place.state or ():
@@ -803,6 +803,8 @@ def main(argv):
             file.write((json.dumps(dataclasses.asdict(s), indent=1) + "\n").encode())
         if resume:
             write_log(place.rows, out / "log.csv")                      # it may be ahead of the checkpoint
+            if out != resume and (resume / "best.pt").exists():
+                shutil.copyfile(resume / "best.pt", out / "best.pt")
 
     print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
           f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
@@ -815,7 +817,7 @@ def main(argv):
           + (", compiled during the first steps" if s.compile else "") + f"; in {out}", flush=True)
 
     if place.epoch >= s.epochs:
-        print(f"{out} has run its {place.epoch} epochs, so it is only tested; ask for more with --epochs", flush=True)
+        print(f"{resume} has run its {place.epoch} epochs, so it is only tested; ask for more with --epochs", flush=True)
 
     def keep(name, previous=None, **content):
         if rank:

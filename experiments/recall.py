@@ -17,6 +17,7 @@ and changes to the neuron-wise one, one at a time, over one and two borders:
     window    g sees this border's scalar and the last one's
     scaled    g predicts in units of the targets' root mean square
     memory    g's errors are backpropagated through h_g over 4 borders
+    line      g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"
     named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
 
 An update is `train_step` of train.py, with no dropout, on a text that never repeats. The model, one QRNN layer of 64, starts with a forget
@@ -86,6 +87,15 @@ class Memory(NeuronDNI):
         return predicted, memory
 
 
+class Line(nn.Module):
+    def __init__(self, _):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, state, memory=None):
+        return [self.w * c for c in state], memory
+
+
 class Named(NeuronDNI):
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -101,7 +111,7 @@ class Named(NeuronDNI):
 ARMS = {"bptt": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None), "neuron": (dict(mode="dni"), None),
         "layer": (dict(mode="dni", dni="layer"), None),
         "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
-        "named": (dict(mode="dni"), Named)}
+        "line": (dict(mode="dni"), Line), "named": (dict(mode="dni"), Named)}
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
