@@ -1277,7 +1277,10 @@ def test_bad_checkpoints(corpus, tmp_path):
     """Other settings, another corpus, a damaged file and a pickle with code in it are refused by --resume; nothing is lost."""
     run = tmp_path / "run"
     first = program("--data", corpus, *TINY, "--epochs", 1, "--out", run)
+    whole = (run / "log.csv").read_bytes()
+    (run / "log.csv").unlink()
     again = program("--resume", run)                                    # all epochs are done: only the test is left
+    assert (run / "log.csv").read_bytes() == whole
     assert first.returncode == again.returncode == 0 and "has run its 1 epochs" in again.stdout
     assert first.stdout.split("\n")[-2] == again.stdout.split("\n")[-2]
     assert "--hidden-size (was 12, now 13)" in bad_input("--resume", run, "--hidden-size", 13)

@@ -18,6 +18,7 @@ and changes to the neuron-wise one, one at a time, over one and two borders:
     scaled    g predicts in units of the targets' root mean square
     memory    g's errors are backpropagated through h_g over 4 borders
     line      g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"
+    shuffled  what g predicts for one stream is injected into another: gradients of the right size that know nothing
     named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
 
 An update is `train_step` of train.py, with no dropout, on a text that never repeats. The model, one QRNN layer of 64, starts with a forget
@@ -87,6 +88,14 @@ class Memory(NeuronDNI):
         return predicted, memory
 
 
+class Shuffled(NeuronDNI):
+    def forward(self, state, memory=None):
+        predicted, memory = super().forward(state, memory)
+        if not torch.is_grad_enabled():                                 # to be injected, not to be learned from
+            predicted = [p[torch.randperm(len(p))] for p in predicted]
+        return predicted, memory
+
+
 class Line(nn.Module):
     def __init__(self, _):
         super().__init__()
@@ -111,7 +120,7 @@ class Named(NeuronDNI):
 ARMS = {"bptt": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None), "neuron": (dict(mode="dni"), None),
         "layer": (dict(mode="dni", dni="layer"), None),
         "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
-        "line": (dict(mode="dni"), Line), "named": (dict(mode="dni"), Named)}
+        "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named)}
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
