@@ -1323,8 +1323,7 @@ def studies(monkeypatch):
 def test_the_true_future_gradient_of_recall(studies):
     """What recall.py calls the true gradient of s_k is that of all the text after border k, read on in one piece from s_k."""
     recall = studies("recall")
-    text = recall.recall(9, episodes=200).train[:24 * recall.T * 4 + 1]
-    (inputs, targets), model, T = data.streams(text, 4), recall.Reader(13), recall.T
+    (inputs, targets), model, T = recall.episodes(1, 0, 4, 240), recall.Reader(13), recall.T
 
     def oracle(state, memory):
         k = (memory or 0) + 1
@@ -1334,13 +1333,28 @@ def test_the_true_future_gradient_of_recall(studies):
             future = F.cross_entropy(logits.flatten(0, 1), targets[k * T:].flatten(), reduction="sum")
             return [torch.autograd.grad(future, leaf[0][0])[0]], k
     assert recall.truth(model, oracle, inputs, targets) == pytest.approx((1, 1), abs=1e-5)
+    assert recall.truth(model, oracle, inputs, targets, alpha=0.0)[0] < 0.99
     assert recall.truth(model, lambda *a: ([-2 * x for x in oracle(*a)[0]], oracle(*a)[1]), inputs, targets) == pytest.approx((-1, -8), abs=1e-4)
+
+
+def test_the_episodes_of_recall(studies):
+    """b T steps lie between symbol and query in every stream, all phases side by side, no stream another's copy."""
+    recall = studies("recall")
+    for b in (1, 2, 3):
+        period, n = b * recall.T + 2, 3 * (b * recall.T + 2)
+        inputs, targets = recall.episodes(b, 0, n, 2 * period)
+        assert torch.equal(inputs[1:], targets[:-1])
+        t, stream = (inputs == recall.SYMBOLS + recall.FILLERS)[period:].nonzero().unbind(1)       # the queries
+        assert sorted(stream.tolist()) == list(range(n)) and t.bincount().tolist() == [3] * period
+        symbol = inputs[period + t - b * recall.T, stream]
+        assert torch.equal(symbol, targets[period + t, stream]) and (symbol < recall.SYMBOLS).all() and len(symbol.unique()) == 4
+        assert len({tuple(column) for column in inputs.t().tolist()}) == n
 
 
 def test_full_credit_of_recall(studies):
     """The arm `full` of recall.py makes the gradient of the last chunk's loss through all its chunks; with one, a BPTT step."""
     recall = studies("recall")
-    (inputs, targets), T = data.streams(recall.recall(9, episodes=20).train, 2), recall.T
+    (inputs, targets), T = recall.episodes(1, 0, 2, 30), recall.T
     chunks = [(inputs[k * T:][:T], targets[k * T:][:T]) for k in range(3)]
     for n in (1, 3):
         weights = []

@@ -282,7 +282,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
 
     inputs, targets: (T, B). state: s_k from `cut`, or None at the beginning of a text. memory: h_g or None.
     interface: None where no g is to be trained. synthetic: whether g's gradient crosses the border ahead.
-    product: the type of matrix products. Raises NotFinite before the weights are touched; on a GPU, which would have to be
+    product: the type of matrix products. Raises NotFinite before the model's weights are touched; on a GPU, which would have to be
     waited for, it returns a loss that is not a number instead.
     """
     T_B = inputs.numel()
@@ -785,6 +785,8 @@ def main(argv):
     if not rank:
         out = resume if resume and out == resume else output_folder(out, s)
         folder_lock = lock(out)                                         # noqa: F841, held until the process ends
+    if processes > 1:
+        dist.barrier()                                                  # nobody reads a checkpoint before process 0 has the lock
     if resume:
         checkpoint = read_newest(resume, say=False)
         if checkpoint.get("corpus") != corpus.fingerprint():
@@ -801,10 +803,12 @@ def main(argv):
     if not rank:
         with replacing(out / "settings.json") as file:
             file.write((json.dumps(dataclasses.asdict(s), indent=1) + "\n").encode())
+        if resume and out != resume:
+            save(checkpoint, out / "last.pt")
+            if (resume / "best.pt").exists():
+                shutil.copyfile(resume / "best.pt", out / "best.pt")
         if resume:
             write_log(place.rows, out / "log.csv")                      # it may be ahead of the checkpoint
-            if out != resume and (resume / "best.pt").exists():
-                shutil.copyfile(resume / "best.pt", out / "best.pt")
 
     print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
           f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
@@ -826,6 +830,8 @@ def main(argv):
              out / name, previous and out / previous)
 
     def keep_place():
+        if not math.isfinite(place.total):
+            raise NotFinite(f"the loss of epoch {place.epoch + 1} is not finite; try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
         place.seconds = time.monotonic() - started
         states, randoms = zip(*gathered(((place.state, place.memory), random_state(device))))      # of each process
         state, memory = side_by_side(states)
@@ -865,15 +871,15 @@ def main(argv):
                       + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
                       + f"  {(place.start - epoch_start) * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
                 place.rows.append(row)
-                if not rank:
-                    if valid < place.best and (whole or not (out / "best.pt").exists()):
-                        keep("best.pt", epoch=place.epoch + 1)
-                    write_log(place.rows, out / "log.csv")
+                if valid < place.best and (whole or place.best == math.inf):
+                    keep("best.pt", epoch=place.epoch + 1)
                 if whole:
                     place.best = min(place.best, valid)
                     place.epoch, place.start, place.chunks, place.total, place.state, place.memory = place.epoch + 1, 0, 0, 0.0, None, None
                     keep_place()
                     saved = time.monotonic()
+                if not rank:
+                    write_log(place.rows, out / "log.csv")
                 stop, = largest(stopped[0] if stopped else 0)
     except NotFinite as error:
         if rank:

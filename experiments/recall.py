@@ -3,12 +3,12 @@
     python experiments/recall.py                                        everything, about an hour on two cores; resumable
     python experiments/recall.py --seeds 1 --arms bptt full             a first look
 
-An episode shows one of K symbols, then D fillers, a query, and the symbol again (data.py). With D = b T - 1 the answer comes
-exactly b chunks of T steps after the symbol: b borders lie between them, whatever the phase. Arms, at equal updates and
-equal tokens:
+An episode shows one of K symbols, then D fillers, a query, and the symbol again (data.py). With D = b T - 1 the query comes
+exactly b chunks of T steps after the symbol, whatever the phase: b borders lie between them, and the B streams are cut so that
+all phases occur in each chunk. Arms, at equal updates and equal tokens:
 
     bptt      truncated: no gradient crosses a border
-    full      the last chunk's loss, backpropagated through that chunk and the b before it: all the credit there is
+    full      the last chunk's loss, backpropagated through that chunk and the b before it, to the symbol
     neuron    the neuron-wise DNI (paper, 2.2)
     layer     the layer-wise DNI (DNI, 2.1): sees a whole layer at once, and knows which neuron is which
 
@@ -21,10 +21,13 @@ and changes to the neuron-wise one, one at a time, over one and two borders:
     shuffled  what g predicts for one stream is injected into another: gradients of the right size that know nothing
     named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
 
-An update is `train_step` of train.py, with no dropout, on a text that never repeats. The model, one QRNN layer of 64, starts with a forget
-gate of sigmoid(2), so that a state outlives a border. Every so often it is tested on a text of its own: accuracy of the answer (chance
-1 / K), perplexity (the floor is known), and for a DNI the cosine and R^2 of its predictions with the TRUE future gradient, by
-backpropagation through all of the test text without a cut, beside those with its bootstrapped targets in training.
+An update is `train_step` of train.py (for `full`, `full_step` below), with no dropout, on a text that never repeats. The model, one QRNN layer of
+64, starts with forget gates of about sigmoid(2), so that a state outlives a border. Every so often it is tested on a text of its own: accuracy of
+the answer (chance 1 / K), perplexity (the floor is known), and for a DNI cosine and R^2 of its predictions with
+
+    true      the gradient of all loss to come, by backpropagation through all of the test text without a cut
+    own       the same with a factor alpha at each border: the best that its bootstrapped targets can come to
+    target    those targets, in training since the last test
 """
 
 import argparse
@@ -38,7 +41,7 @@ import torch
 import train
 from torch import nn
 
-from data import recall, streams
+from data import recall
 from dni import Agreement, NeuronDNI
 from qrnn import QRNN
 
@@ -136,6 +139,17 @@ def full_step(model, optimizer, chunks, state):
     return train.cut(new_state)
 
 
+def episodes(borders, seed, streams, steps):
+    """Inputs and targets, (steps, streams) each, of the language with that many borders between symbol and query.
+
+    Each stream begins one step later in its episode than the one before it: all phases side by side.
+    """
+    period = borders * T + 2
+    length = steps + (1 - steps) % period                               # 1 more than whole episodes
+    text = recall(period - 3, SYMBOLS, FILLERS, streams * length // period + 10, seed).train
+    return tuple(text[i:i + streams * length].view(streams, length).t()[:steps] for i in (0, 1))
+
+
 @torch.no_grad()
 def test(model, inputs, targets):
     """(accuracy of the answers, perplexity) on (L, B) streams, the first quarter for warming up."""
@@ -146,12 +160,13 @@ def test(model, inputs, targets):
     return accuracy.item(), math.exp(-log_p.gather(-1, targets[..., None]).mean())
 
 
-def truth(model, g, inputs, targets):
-    """Agreement of g's predictions, in the middle half of the text, with the gradient of all the loss that is still to come."""
+def truth(model, g, inputs, targets, alpha=1.0):
+    """Agreement of g's predictions, in the middle half of the text, with the gradient of all loss to come, alpha a border."""
     state, memory, loss, borders = None, None, 0.0, []
     for start in range(0, len(inputs), T):
         x, y = inputs[start:start + T], targets[start:start + T]
         if state:
+            state = [(alpha * c + (1 - alpha) * c.detach(), x_prev) for c, x_prev in state]       # the same value
             c = train.border(state)
             for c_l in c:
                 c_l.retain_grad()
@@ -172,17 +187,17 @@ def one(case, updates, every):
     arm, borders, seed = case["arm"], case["borders"], case["seed"]
     settings, special = ARMS[arm]
     s = dataclasses.replace(SETTINGS, seed=seed, dni_alpha=case["alpha"] or 0.0, **settings)
-    corpus = recall(borders * T - 1, SYMBOLS, FILLERS, updates * T * B // (borders * T + 2) + 2 * B, seed)
-    inputs, targets = streams(corpus.train, B)
-    test_text = [x[:24 * T] for x in streams(recall(borders * T - 1, SYMBOLS, FILLERS, 64 * 24, seed + 1000).train, 64)]
-    interface = train.build(s, len(corpus.vocabulary), "cpu")[2]
+    inputs, targets = episodes(borders, seed, B, updates * T)
+    test_text = episodes(borders, seed + 1000, 4 * (borders * T + 2), 24 * T)                      # each phase 4 times
+    facts, vocabulary = recall(borders * T - 1, SYMBOLS, FILLERS, 10).facts, SYMBOLS + FILLERS + 1
+    interface = train.build(s, vocabulary, "cpu")[2]
     if special:
         g = special(s.dni_hidden)
         interface = train.Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr), Agreement())
     torch.manual_seed(seed)
-    model = Reader(len(corpus.vocabulary))
+    model = Reader(vocabulary)
     optimizer = torch.optim.Adam(model.parameters(), s.lr)
-    rows, state, memory, started, recent = [], None, None, time.monotonic(), []
+    rows, state, memory, started, recent, squares = [], None, None, time.monotonic(), [], 0.0
     for k in range(updates):
         chunk = inputs[k * T:(k + 1) * T], targets[k * T:(k + 1) * T]
         if arm == "full":
@@ -191,16 +206,17 @@ def one(case, updates, every):
         else:
             _, state, memory = train.train_step(model, optimizer, interface, *chunk, state, memory, bool(interface), s)
         if arm == "scaled" and k:
-            interface.g.scale = (interface.agreement.sums[2] / (k % every + 1)).sqrt()            # mean of t^2 since the last test
+            interface.g.scale = ((squares + interface.agreement.sums[2]) / k).sqrt()               # of all targets so far
         if (k + 1) % every == 0:
             accuracy, perplexity = test(model, *test_text)
-            agreed = [math.nan] * 4
+            agreed = [math.nan] * 6
             if interface:
-                agreed = [*truth(model, interface.g, *test_text), *interface.agreement.result()]
-                interface.agreement.sums = 0.0
+                agreed = [*truth(model, interface.g, *test_text), *truth(model, interface.g, *test_text, s.dni_alpha),
+                          *interface.agreement.result()]
+                squares, interface.agreement.sums = squares + interface.agreement.sums[2], 0.0
             rows.append({**case, "updates": k + 1, "accuracy": round(accuracy, 4), "perplexity": round(perplexity, 4),
-                         "floor": round(corpus.facts["perplexity floor"], 4),
-                         **dict(zip(("true_cosine", "true_r2", "cosine", "r2"), (round(a, 4) for a in agreed))),
+                         "floor": round(facts["perplexity floor"], 4),
+                         **dict(zip(("true_cosine", "true_r2", "own_cosine", "own_r2", "target_cosine", "target_r2"), (round(a, 4) for a in agreed))),
                          "seconds": round(time.monotonic() - started, 1)})
     return rows
 

@@ -62,9 +62,11 @@ def table(head, rows):
 
 
 def made_by(log):
-    facts = json.loads(log.with_suffix(".json").read_text())
-    rest = "; ".join(f"{name} {value}" for name, value in facts.items() if name not in ("command", "machine", "torch", "python"))
-    return f"`{facts['command']}` on {facts['machine']}; torch {facts['torch']}, Python {facts['python']}; {rest}. Log: `{log.relative_to(study.ROOT)}`.\n"
+    text = []
+    for facts in json.loads(log.with_suffix(".json").read_text()):
+        rest = "; ".join(f"{name} {value}" for name, value in facts.items() if name not in ("command", "machine", "torch", "python"))
+        text.append(f"`{facts['command']}` on {facts['machine']}; torch {facts['torch']}, Python {facts['python']}; {rest}.")
+    return "Made by " + " And by ".join(text) + f" Log: `{log.relative_to(study.ROOT)}`.\n"
 
 
 # ---------------------------------------------------------------------------------------------------- the three studies
@@ -84,7 +86,7 @@ def recall(rows):
                 low, middle, high = quartiles([float(run[-1]["accuracy"]) for run in mine])
                 line += [f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{sum(float(run[-1]['accuracy']) > 0.9 for run in mine)}/{len(mine)}",
                          f"{statistics.median(float(run[-1]['perplexity']) / float(run[-1]['floor']) for run in mine):.3f}"]
-            for name in ("true_cosine", "true_r2", "cosine", "r2"):
+            for name in ("true_cosine", "own_cosine", "target_cosine", "target_r2"):
                 means = [statistics.mean(numbers(run, name)) for run in mine]
                 of_g.append(f"{statistics.median(means):+.3f}" if mine else "")
         lines.append(line)
@@ -93,25 +95,21 @@ def recall(rows):
     return (f"Accuracy of the answer after {max(int(row['updates']) for row in rows):,} updates, median [quartiles] over {seeds} seeds (chance: 0.25); "
             "how many runs ended above 0.9; test perplexity over its floor, median.\n\n"
             + table(["arm", "α"] + [h for b in borders for h in (f"{b} border{'s' * (b > '1')}: accuracy", "above 0.9", "perplexity / floor")], lines)
-            + "\nDoes g learn? Its predictions against the true future gradient and against its own bootstrapped targets: means over the tests of a "
-              "run, medians over seeds.\n\n"
-            + table(["arm", "α"] + [f"{b}: {h}" for b in borders for h in ("cosine, true", "R², true", "cosine, target", "R², target")], agreement))
+            + "\nDoes g learn? Its predictions against the true future gradient, against the same with a factor α a border (own: the best its targets "
+              "can come to), and against its bootstrapped targets in training; means over the tests of a run, medians over seeds.\n\n"
+            + table(["arm", "α"] + [f"{b}: {h}" for b in borders for h in ("cosine, true", "cosine, own", "cosine, target", "R², target")], agreement))
 
 
 def truncation(rows):
-    last = last_of(rows, "T", "arm", "seed")
-    best = {(row["T"], row["arm"], row["seed"]): row for row in last}
+    best = {(row["T"], row["arm"], row["alpha"], row["seed"]): row for row in last_of(rows, "T", "arm", "alpha", "seed")}
     lines = []
-    for T in sorted({row["T"] for row in last}, key=int):
-        for arm in ("bptt", "neuron", "layer"):
-            mine = {seed: row for (t, a, seed), row in best.items() if (t, a) == (T, arm)}
-            if not mine:
-                continue
-            gains = [float(row["test_perplexity"]) - float(best[T, "bptt", seed]["test_perplexity"]) for seed, row in mine.items()
-                     if (T, "bptt", seed) in best]
-            lines.append([T, NAMES[arm], len(mine), spread(numbers(mine.values(), "valid_perplexity")), spread(numbers(mine.values(), "test_perplexity")),
-                          *(["", "", ""] if arm == "bptt" else [spread(gains), spread(numbers(mine.values(), "dni_cosine"), 3), spread(numbers(mine.values(), "dni_r2"), 4)])])
-    return table(["T", "arm", "seeds", "validation", "test", "test, less BPTT of the same seed", "cosine with target, last epoch", "R²"], lines)
+    for T, arm, alpha in sorted({case[:3] for case in best}, key=lambda case: (int(case[0]), ORDER.index(case[1]), case[2])):
+        mine = {seed: row for (*case, seed), row in best.items() if case == [T, arm, alpha]}
+        gains = [float(row["test_perplexity"]) - float(best[T, "bptt", "", seed]["test_perplexity"]) for seed, row in mine.items()
+                 if (T, "bptt", "", seed) in best]
+        lines.append([T, NAMES[arm], alpha or "-", len(mine), spread(numbers(mine.values(), "valid_perplexity")), spread(numbers(mine.values(), "test_perplexity")),
+                      *(["", "", ""] if arm == "bptt" else [spread(gains), spread(numbers(mine.values(), "dni_cosine"), 3), spread(numbers(mine.values(), "dni_r2"), 4)])])
+    return table(["T", "arm", "α", "seeds", "validation", "test", "test, less BPTT of the same seed", "cosine with target, last epoch", "R²"], lines)
 
 
 def chosen(rows, data, method):

@@ -47,30 +47,43 @@ def write(path, rows):
 def run(log, function, cases, jobs, **facts):
     """Call function(case) -> rows for each case that `log` lacks, in `jobs` processes; cases and rows are dictionaries.
 
-    A row begins with its case. facts: what else the JSON file is to say.
+    A row begins with its case. facts: what else the JSON file is to say of the runs; a log is not gone on with under other facts.
+    A case that fails is told, and tried again the next time; the exit status is then 1.
     """
-    rows = read(log)
+    rows, about, failed = read(log), log.with_suffix(".json"), 0
+    history = json.loads(about.read_text()) if about.exists() else []
+    changed = [f"{name} {entry.get(name)}, now {value}" for entry in history for name, value in facts.items() if entry.get(name) != value]
+    if changed:
+        sys.exit(f"{log} holds runs made with {'; '.join(changed)}: move it away first")
     done = {tuple(row[name] for name in cases[0]) for row in rows}
     cases = [case for case in cases if tuple(map(str, case.values())) not in done]
     print(f"{log.name}: {len(cases)} runs to do, {jobs} at a time", flush=True)
     started, threads = time.monotonic(), max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    facts = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "python": platform.python_version(),
+    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    facts = {"command": command, "torch": torch.__version__, "python": platform.python_version(),
              "machine": f"{processor()}, {jobs} runs at a time, {threads} threads each", **facts}
     if torch.cuda.is_available():
         facts["machine"] = f"{torch.cuda.get_device_name()}, {jobs} runs at a time"
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         try:
-            for n, future in enumerate(concurrent.futures.as_completed([pool.submit(function, case) for case in cases]), 1):
+            under_way = {pool.submit(function, case): case for case in cases}
+            for n, future in enumerate(concurrent.futures.as_completed(under_way), 1):
+                if future.exception():
+                    failed += 1
+                    print(f"{under_way[future]} failed: {future.exception()}", file=sys.stderr, flush=True)
+                    continue
                 rows += future.result()
                 log.parent.mkdir(parents=True, exist_ok=True)
                 write(log, rows)
-                log.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+                about.write_text(json.dumps(history + [facts] * (facts not in history), indent=1) + "\n")
                 left = (len(cases) - n) * (time.monotonic() - started) / n
                 print(f"{n}/{len(cases)}, {train.clock(left)} left:", *(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             sys.exit("stopped; the same command goes on")
+    if failed:
+        sys.exit(f"{failed} of {len(cases)} runs failed; the same command tries them again")
 
 
 def train_run(case, arguments, folder):
