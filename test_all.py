@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -1069,7 +1068,7 @@ def test_two_processes_are_one(corpus, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step(number, corpus, tmp_path):
     """SIGINT and SIGTERM: saved within the epoch, one line says how to go on, and going on ends as the straight run does."""
-    arguments = ["--data", corpus, *TINY, "--seed", 7, "--epochs", 40]
+    arguments = ["--data", corpus, *TINY, "--seed", 7, "--epochs", 15]
     straight = program(*arguments, "--out", tmp_path / "straight")
     process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), *map(str, arguments), "--out", str(tmp_path / "run")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

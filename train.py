@@ -784,7 +784,7 @@ def main(argv):
     place = Place()
     if not rank:
         out = resume if resume and out == resume else output_folder(out, s)
-        folder_lock = lock(out)                                         # noqa: F841, held until the process ends
+        folder_lock = lock(out)                                         # held until the process ends
     if processes > 1:
         dist.barrier()                                                  # nobody reads a checkpoint before process 0 has the lock
     if resume:
