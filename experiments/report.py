@@ -167,7 +167,7 @@ def figure_recall(plt, rows):
         axis.axhline(0.25, color="0.7", linewidth=0.8, linestyle=":")
         axis.set(title=f"{b} border{'s' * (b > '1')} between symbol and answer", xlabel="updates")
     axes[0][0].set_ylabel("accuracy of the answer")
-    axes[0][0].legend(fontsize=7, loc="center right")
+    axes[0][-1].legend(fontsize=7, loc="center right")
     return figure
 
 
