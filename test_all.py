@@ -971,7 +971,7 @@ def test_presets_are_the_papers():
     model, _, _ = train.build(dataclasses.replace(ptb, hidden_size=9, embedding_size=7), 20, "cpu")
     assert [(la.input_size, la.hidden_size, la.window) for la in model.rnn.layers] == [(7, 9, 2), (9, 9, 1), (9, 9, 1), (9, 7, 1)]
     wt2 = train.parse(["--preset", "paper", "--data", "wt2"])[0]
-    assert (wt2.dropout_hidden, wt2.clip) == (0.2, 0.25) and (out, resume) == (None, False)
+    assert (wt2.dropout_hidden, wt2.clip) == (0.2, 0.25) and (out, resume) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------- 11. train.py as a program
