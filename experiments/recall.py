@@ -12,11 +12,12 @@ all phases occur in each chunk. Arms, at equal updates and equal tokens:
     neuron    the neuron-wise DNI (paper, 2.2)
     layer     the layer-wise DNI (DNI, 2.1): sees a whole layer at once, and knows which neuron is which
 
-and changes to the neuron-wise one, one at a time, over one and two borders:
+and changes to the neuron-wise one, one at a time, over one and two borders (a decayed bootstrap is what alpha below 1 makes):
 
     window    g sees this border's scalar and the last one's
     scaled    g predicts in units of the targets' root mean square
     memory    g's errors are backpropagated through h_g over 4 borders
+    terminal  the text ends every 20 chunks, with state and h_g: what is injected there is known to be zero
     line      g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"
     shuffled  what g predicts for one stream is injected into another: gradients of the right size that know nothing
     named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
@@ -91,6 +92,16 @@ class Memory(NeuronDNI):
         return predicted, memory
 
 
+class Terminal(NeuronDNI):
+    ends = False                                                        # does the text end with this chunk? Set by `one`
+
+    def forward(self, state, memory=None):
+        predicted, memory = super().forward(state, memory)
+        if self.ends and not torch.is_grad_enabled():                   # to be injected
+            predicted = [torch.zeros_like(p) for p in predicted]
+        return predicted, memory
+
+
 class Shuffled(NeuronDNI):
     def forward(self, state, memory=None):
         predicted, memory = super().forward(state, memory)
@@ -123,6 +134,7 @@ class Named(NeuronDNI):
 ARMS = {"bptt": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None), "neuron": (dict(mode="dni"), None),
         "layer": (dict(mode="dni", dni="layer"), None),
         "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
+        "terminal": (dict(mode="dni"), Terminal),
         "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named)}
 
 
@@ -204,7 +216,11 @@ def one(case, updates, every):
             recent = [*recent, (chunk, state)][-borders - 1:]
             state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1])
         else:
+            if arm == "terminal":
+                interface.g.ends = (k + 1) % 20 == 0
             _, state, memory = train.train_step(model, optimizer, interface, *chunk, state, memory, bool(interface), s)
+            if arm == "terminal" and interface.g.ends:
+                state, memory, interface.g.ends = None, None, False
         if arm == "scaled" and k:
             interface.g.scale = ((squares + interface.agreement.sums[2]) / k).sqrt()               # of all targets so far
         if (k + 1) % every == 0:

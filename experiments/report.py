@@ -21,8 +21,9 @@ PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
          "alternating": "alternating", "full": "full BPTT", "neuron": "neuron-wise DNI", "layer": "layer-wise DNI",
          "window": "neuron-wise, window 2", "scaled": "neuron-wise, targets normalised",
-         "shuffled": "neuron-wise, predictions shuffled among streams", "line": "neuron-wise, g(c) = w c", "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named"}
-ORDER = ("bptt", "full", "neuron", "window", "memory", "scaled", "line", "shuffled", "named", "layer")
+         "shuffled": "neuron-wise, predictions shuffled among streams", "line": "neuron-wise, g(c) = w c",
+         "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named", "terminal": "neuron-wise, zero at the end of short texts"}
+ORDER = ("bptt", "full", "neuron", "window", "memory", "scaled", "terminal", "line", "shuffled", "named", "layer")
 COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "named": "#9467bd", "dni": "#d62728",
            "restart": "0.35", "dni-restart": "#d62728", "alternating": "#1f77b4"}
 
