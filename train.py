@@ -321,7 +321,7 @@ def train_step(model, optimizer, interface, inputs, targets, state, memory, synt
         target = [T_B * c.grad for c in border(state)]
         interface.agreement.update(predicted, target)
         error = regress(interface.optimizer, predicted, target)
-        average([error, interface.agreement.sums])                      # and g's gradient, before its step: see `main`
+        average([error, interface.agreement.sums])                      # and g's gradient, before its step: see `Training`
         nll = nll + 0 * error
         if not nll.is_cuda and not torch.isfinite(error):
             raise NotFinite(f"loss {nll.item()}, squared error of the DNI {error.item()}; try a lower --dni-lr")
@@ -746,162 +746,193 @@ class ProgressLine:
             self.shown = now
 
 
-def main(argv):
-    """Train, test the best model, return the exit status. Raises UserError, CorpusError, NotFinite, OSError."""
-    s, out, resume = parse(argv)
-    keep_freed_memory()
-    warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
-    device = pick_device(s.device)
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")                      # TF32 in the products that are not in bf16
-    product = pick_product(s.precision, device)
-    rank, processes = join_processes(device)
-    if rank:
-        dist.barrier()                                                  # process 0 goes first: it may have to download
-    corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
-    if processes > 1 and not rank:
-        dist.barrier()
-    train_tokens, valid_tokens, test_tokens = (t.to(device) for t in (corpus.train, corpus.valid, corpus.test))
-    inputs, targets = streams(train_tokens, s.batch_size)                                          # (L, B)
-    for tokens, batch_size in ((valid_tokens, s.valid_batch_size), (test_tokens, 1)):
-        streams(tokens, batch_size)                                                                # raises if too short
-    if len(inputs) < s.bptt:
-        raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {s.batch_size} streams give {len(inputs)} steps "
-                        f"each, less than one chunk of {s.bptt}; lower --batch-size or --bptt")
-    if s.batch_size % processes:
-        raise UserError(f"--batch-size {s.batch_size} cannot be divided evenly among {processes} processes")
-    inputs, targets = (x.chunk(processes, 1)[rank] for x in (inputs, targets))                     # (L, B / processes)
+class Training:
+    """One run in this process: what it learns from, what learns, its folder, and where it is."""
 
-    model, optimizer, interface = build(s, len(corpus.vocabulary), device)
-    if rank:
-        torch.manual_seed(s.seed + rank)                                # dropout masks of its own
-    if processes > 1 and interface:
-        interface.optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in interface.g.parameters()]))
-    schedule = make_schedule(s, optimizer)
-    parts = {"model": model, "optimizer": optimizer}
-    if interface:
-        parts.update(dni=interface.g, dni_optimizer=interface.optimizer)
-    place = Place()
-    if not rank:
-        out = resume if resume and out == resume else output_folder(out, s)
-        folder_lock = lock(out)                                         # held until the process ends
-    if processes > 1:
-        dist.barrier()                                                  # nobody reads a checkpoint before process 0 has the lock
-    if resume:
-        checkpoint = read_newest(resume, say=False)
-        if checkpoint.get("corpus") != corpus.fingerprint():
-            raise UserError(f"{resume} was trained on another text than {corpus.name} is now; start a new run instead")
-        restore(parts, checkpoint, resume / "last.pt")
-        place = Place(**checkpoint["place"])
-        place.state, place.memory = (each(lambda t: t.chunk(processes, -2)[rank].clone().to(device), x) for x in (place.state, place.memory))
-        for c, _ in place.state or ():
-            c.requires_grad_()
-        if interface:
-            interface.agreement.sums = each(lambda t: t.to(device), checkpoint["agreement"])
-        if rank < len(checkpoint["random"]):                            # there may be more processes now
-            set_random_state(checkpoint["random"][rank], device)
-    if not rank:
+    def __init__(self, s):
+        """Load the corpus and build what learns; nothing is written yet. Raises UserError, CorpusError."""
+        self.s, self.place, self.device = s, Place(), pick_device(s.device)
+        if self.device == "cuda":
+            torch.set_float32_matmul_precision("high")                  # TF32 in the products that are not in bf16
+        self.product = pick_product(s.precision, self.device)
+        self.rank, self.processes = join_processes(self.device)
+        if self.rank:
+            dist.barrier()                                              # process 0 goes first: it may have to download
+        self.corpus = corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
+        if self.processes > 1 and not self.rank:
+            dist.barrier()
+        train_tokens, self.valid_tokens, self.test_tokens = (t.to(self.device) for t in (corpus.train, corpus.valid, corpus.test))
+        inputs, targets = streams(train_tokens, s.batch_size)                                      # (L, B)
+        for tokens, batch_size in ((self.valid_tokens, s.valid_batch_size), (self.test_tokens, 1)):
+            streams(tokens, batch_size)                                                            # raises if too short
+        if len(inputs) < s.bptt:
+            raise UserError(f"{corpus.name}: {len(train_tokens)} tokens in {s.batch_size} streams give {len(inputs)} steps "
+                            f"each, less than one chunk of {s.bptt}; lower --batch-size or --bptt")
+        if s.batch_size % self.processes:
+            raise UserError(f"--batch-size {s.batch_size} cannot be divided evenly among {self.processes} processes")
+        self.inputs, self.targets = (x.chunk(self.processes, 1)[self.rank] for x in (inputs, targets))  # (L, B / processes)
+
+        self.model, self.optimizer, self.interface = build(s, len(corpus.vocabulary), self.device)
+        if self.rank:
+            torch.manual_seed(s.seed + self.rank)                       # dropout masks of its own
+        self.schedule = make_schedule(s, self.optimizer)
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
+        if self.interface:
+            g = self.interface.g
+            self.parts.update(dni=g, dni_optimizer=self.interface.optimizer)
+            if self.processes > 1:
+                self.interface.optimizer.register_step_pre_hook(lambda *_: average([p.grad for p in g.parameters()]))
+
+    def open(self, out, resume):
+        """Take the folder `out`, or one of its own; with `resume`, a folder too, go on from the newest checkpoint there."""
+        if not self.rank:
+            out = resume if resume and out == resume else output_folder(out, self.s)
+            self.lock = lock(out)                                       # held until the process ends
+        if self.processes > 1:
+            dist.barrier()                                              # nobody reads a checkpoint before process 0 has the lock
+        self.out, checkpoint = out, self.take_up(resume) if resume else None
+        if self.rank:
+            return
         with replacing(out / "settings.json") as file:
-            file.write((json.dumps(dataclasses.asdict(s), indent=1) + "\n").encode())
+            file.write((json.dumps(dataclasses.asdict(self.s), indent=1) + "\n").encode())
         if resume and out != resume:
             save(checkpoint, out / "last.pt")
             if (resume / "best.pt").exists():
                 shutil.copyfile(resume / "best.pt", out / "best.pt")
         if resume:
-            write_log(place.rows, out / "log.csv")                      # it may be ahead of the checkpoint
+            write_log(self.place.rows, out / "log.csv")                 # it may be ahead of the checkpoint
 
-    print(f"{corpus.name}: {len(train_tokens):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
-          f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
-    for fact, value in corpus.facts.items():
-        print(f"{corpus.name}: {fact} {value:.4f}")
-    print(f"model of {parameters(model):,} parameters"
-          + (f", {s.dni}-wise DNI of {parameters(interface.g):,}" if interface else "")
-          + f"; {device}, products in {str(product).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-          + (f" in each of {processes} processes" if processes > 1 else "")
-          + (", compiled during the first steps" if s.compile else "") + f"; in {out}", flush=True)
+    def take_up(self, folder):
+        """Go on from the newest checkpoint in `folder`, which is returned."""
+        checkpoint = read_newest(folder, say=False)
+        if checkpoint.get("corpus") != self.corpus.fingerprint():
+            raise UserError(f"{folder} was trained on another text than {self.corpus.name} is now; start a new run instead")
+        restore(self.parts, checkpoint, folder / "last.pt")
+        self.place = place = Place(**checkpoint["place"])
+        place.state, place.memory = (each(lambda t: t.chunk(self.processes, -2)[self.rank].clone().to(self.device), x)
+                                     for x in (place.state, place.memory))
+        for c, _ in place.state or ():
+            c.requires_grad_()
+        if self.interface:
+            self.interface.agreement.sums = each(lambda t: t.to(self.device), checkpoint["agreement"])
+        if self.rank < len(checkpoint["random"]):                       # there may be more processes now
+            set_random_state(checkpoint["random"][self.rank], self.device)
+        return checkpoint
 
-    if place.epoch >= s.epochs:
-        print(f"{resume} has run its {place.epoch} epochs, so it is only tested; ask for more with --epochs", flush=True)
+    def announce(self):
+        s, corpus = self.s, self.corpus
+        print(f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
+              f"unigram test perplexity {unigram_perplexity(corpus):.1f}")
+        for fact, value in corpus.facts.items():
+            print(f"{corpus.name}: {fact} {value:.4f}")
+        print(f"model of {parameters(self.model):,} parameters"
+              + (f", {s.dni}-wise DNI of {parameters(self.interface.g):,}" if self.interface else "")
+              + f"; {self.device}, products in {str(self.product).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+              + (f" in each of {self.processes} processes" if self.processes > 1 else "")
+              + (", compiled during the first steps" if s.compile else "") + f"; in {self.out}", flush=True)
 
-    def keep(name, previous=None, **content):
-        if rank:
-            return
-        save({"model": model.state_dict(), "settings": dataclasses.asdict(s), "corpus": corpus.fingerprint(), **content},
-             out / name, previous and out / previous)
+    def keep(self, name, previous=None, **content):
+        """Write a checkpoint of the model, and `content`, into the run's folder."""
+        if not self.rank:
+            save({"model": self.model.state_dict(), "settings": dataclasses.asdict(self.s), "corpus": self.corpus.fingerprint(), **content},
+                 self.out / name, previous and self.out / previous)
 
-    def keep_place():
+    def keep_place(self):
+        """Write last.pt: all that `take_up` needs. The processes meet here."""
+        place = self.place
         if not math.isfinite(place.total):
             raise NotFinite(f"the loss of epoch {place.epoch + 1} is not finite; try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
-        place.seconds = time.monotonic() - started
-        states, randoms = zip(*gathered(((place.state, place.memory), random_state(device))))      # of each process
+        place.seconds = time.monotonic() - self.started
+        states, randoms = zip(*gathered(((place.state, place.memory), random_state(self.device))))  # of each process
         state, memory = side_by_side(states)
-        keep("last.pt", "previous.pt", place={**vars(place), "state": state, "memory": memory}, random=randoms,
-             agreement=interface and interface.agreement.sums, **{name: part.state_dict() for name, part in parts.items()})
+        self.keep("last.pt", "previous.pt", place={**vars(place), "state": state, "memory": memory}, random=randoms,
+                  agreement=self.interface and self.interface.agreement.sums, **{name: part.state_dict() for name, part in self.parts.items()})
 
-    started, chunks, saved, stop = time.monotonic() - place.seconds, 0, time.monotonic(), 0
-    progress = ProgressLine(place, len(inputs), s) if sys.stdout.isatty() else None
-    try:
+    def train(self):
+        """Epoch after epoch, to the last or to a signal, which is returned (0: none). Raises NotFinite."""
+        s, place, length = self.s, self.place, len(self.inputs)
+        self.started, chunks, saved, stop = time.monotonic() - place.seconds, 0, time.monotonic(), 0
+        self.progress = ProgressLine(place, length, s) if sys.stdout.isatty() else None
         with stop_signals() as stopped:
             while place.epoch < s.epochs and not stop and (not s.max_steps or chunks < s.max_steps):
                 epoch_started, epoch_start = time.monotonic(), place.start
-                for _ in train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s, product):
+                for _ in train_epoch(place, self.model, self.optimizer, self.schedule, self.interface, self.inputs, self.targets, s, self.product):
                     chunks += 1
-                    if progress:
-                        progress(place)
+                    if self.progress:
+                        self.progress(place)
                     stop, due = largest(stopped[0] if stopped else 0, time.monotonic() - saved >= 60 * s.checkpoint_every)
                     if stop or chunks == s.max_steps:
                         break
-                    if due and place.start < len(inputs):
-                        keep_place()
+                    if due and place.start < length:
+                        self.keep_place()
                         saved = time.monotonic()
-                seconds = max(time.monotonic() - epoch_started, 1e-9)
-                whole = place.start == len(inputs)
-                if stop or not whole:
-                    keep_place()
-                if stop:
-                    break
-                valid, train_nll = evaluate(model, valid_tokens, s.valid_batch_size, product), float(place.total) / place.start
-                if not math.isfinite(valid):
-                    raise NotFinite(f"the validation loss after epoch {place.epoch + 1} is not finite; try a lower --lr")
-                cosine, r2 = interface.agreement.result() if interface else (math.nan, math.nan)
-                row = [place.epoch + 1, place.run, place.source, float(f"{place.rate:.4e}"), round(perplexity(train_nll), 3),
-                       round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - started, 1)]
-                print(("\r\033[K" if progress else "") + f"epoch {place.epoch + 1:3d}/{s.epochs}  run {place.run} {place.source:9}  "
-                      f"lr {place.rate:.2e}  train {perplexity(train_nll):8.2f}  valid {perplexity(valid):8.2f}"
-                      + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if interface else "")
-                      + f"  {(place.start - epoch_start) * s.batch_size / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
-                place.rows.append(row)
-                if valid < place.best and (whole or place.best == math.inf):
-                    keep("best.pt", epoch=place.epoch + 1)
-                if whole:
-                    place.best = min(place.best, valid)
-                    place.epoch, place.start, place.chunks, place.total, place.state, place.memory = place.epoch + 1, 0, 0, 0.0, None, None
-                    keep_place()
+                if stop or place.start < length:
+                    self.keep_place()
+                if not stop:
+                    seconds = max(time.monotonic() - epoch_started, 1e-9)
+                    self.end_epoch((place.start - epoch_start) * s.batch_size / seconds, seconds)
                     saved = time.monotonic()
-                if not rank:
-                    write_log(place.rows, out / "log.csv")
-                stop, = largest(stopped[0] if stopped else 0)
+                    stop, = largest(stopped[0] if stopped else 0)
+        return stop
+
+    def end_epoch(self, speed, seconds):
+        """Validate, log, keep what is best; an epoch that --max-steps ended early is not counted as done."""
+        s, place, whole = self.s, self.place, self.place.start == len(self.inputs)
+        valid, train_nll = evaluate(self.model, self.valid_tokens, s.valid_batch_size, self.product), float(place.total) / place.start
+        if not math.isfinite(valid):
+            raise NotFinite(f"the validation loss after epoch {place.epoch + 1} is not finite; try a lower --lr")
+        cosine, r2 = self.interface.agreement.result() if self.interface else (math.nan, math.nan)
+        place.rows.append([place.epoch + 1, place.run, place.source, float(f"{place.rate:.4e}"), round(perplexity(train_nll), 3),
+                           round(perplexity(valid), 3), round(cosine, 5), round(r2, 5), round(time.monotonic() - self.started, 1)])
+        print(("\r\033[K" if self.progress else "") + f"epoch {place.epoch + 1:3d}/{s.epochs}  run {place.run} {place.source:9}  "
+              f"lr {place.rate:.2e}  train {perplexity(train_nll):8.2f}  valid {perplexity(valid):8.2f}"
+              + (f"  cosine {cosine:+.3f}  R2 {r2:+.3f}" if self.interface else "") + f"  {speed:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+        if valid < place.best and (whole or place.best == math.inf):
+            self.keep("best.pt", epoch=place.epoch + 1)
+        if whole:
+            place.best = min(place.best, valid)
+            place.epoch, place.start, place.chunks, place.total, place.state, place.memory = place.epoch + 1, 0, 0, 0.0, None, None
+            self.keep_place()
+        if not self.rank:
+            write_log(place.rows, self.out / "log.csv")
+
+    def test(self):
+        """Sample from the best model and print its test perplexity."""
+        try:
+            restore({"model": self.model}, read_checkpoint(self.out / "best.pt"), self.out / "best.pt")
+        except UserError as error:
+            print(f"train.py: {error}; testing the model as it is now", file=sys.stderr)
+        print("sampled:")
+        for text in sample(self.model, self.corpus.vocabulary):
+            print(f"  {text}")
+        for fact, value in self.corpus.facts.items():
+            print(f"{fact} {value:.4f}")
+        print(f"test perplexity {perplexity(evaluate(self.model, self.test_tokens, 1, self.product)):.2f}")
+
+
+def main(argv):
+    """Train, test the best model, return the exit status. Raises UserError, CorpusError, NotFinite, OSError."""
+    s, out, resume = parse(argv)
+    keep_freed_memory()
+    warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)
+    run = Training(s)
+    run.open(out, resume)
+    run.announce()
+    place, out = run.place, run.out
+    if place.epoch >= s.epochs:
+        print(f"{resume} has run its {place.epoch} epochs, so it is only tested; ask for more with --epochs", flush=True)
+    try:
+        stop = run.train()
     except NotFinite as error:
-        if rank:
+        if run.rank:
             raise
         kept = f"the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else "there is no checkpoint yet"
         raise NotFinite(f"{error}; {kept}") from None
     if stop and place.epoch < s.epochs:
-        print(f"\ninterrupted after {place.start / len(inputs):.0%} of epoch {place.epoch + 1}; go on with --resume {out}", flush=True)
+        print(f"\ninterrupted after {place.start / len(run.inputs):.0%} of epoch {place.epoch + 1}; go on with --resume {out}", flush=True)
         return 128 + stop
-    if rank:
-        return 0
-
-    try:
-        restore({"model": model}, read_checkpoint(out / "best.pt"), out / "best.pt")
-    except UserError as error:
-        print(f"train.py: {error}; testing the model as it is now", file=sys.stderr)
-    print("sampled:")
-    for text in sample(model, corpus.vocabulary):
-        print(f"  {text}")
-    for fact, value in corpus.facts.items():
-        print(f"{fact} {value:.4f}")
-    print(f"test perplexity {perplexity(evaluate(model, test_tokens, 1, product)):.2f}")
+    if not run.rank:
+        run.test()
     return 0
 
 
