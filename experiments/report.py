@@ -75,7 +75,6 @@ def made_by(log):
 def recall(rows):
     runs = groups(rows, "arm", "alpha", "borders", "seed")
     borders = sorted({row["borders"] for row in rows})
-    seeds = len({row["seed"] for row in rows})
     lines, agreement = [], []
     for arm, alpha in sorted(groups(rows, "arm", "alpha"), key=lambda case: (ORDER.index(case[0]), case[1])):
         line, of_g = [NAMES[arm], alpha or "-"], [NAMES[arm], alpha]
@@ -93,8 +92,8 @@ def recall(rows):
         lines.append(line)
         if alpha:
             agreement.append(of_g)
-    return (f"Accuracy of the answer after {max(int(row['updates']) for row in rows):,} updates, median [quartiles] over {seeds} seeds (chance: 0.25); "
-            "how many runs ended above 0.9; test perplexity over its floor, median.\n\n"
+    return (f"Accuracy of the answer after {max(int(row['updates']) for row in rows):,} updates, median [quartiles] over the seeds (chance: 0.25); "
+            "how many of the runs ended above 0.9; test perplexity over its floor, median.\n\n"
             + table(["arm", "α"] + [h for b in borders for h in (f"{b} border{'s' * (b > '1')}: accuracy", "above 0.9", "perplexity / floor")], lines)
             + "\nDoes g learn? Its predictions against the true future gradient, against the same with a factor α a border (own: the best its targets "
               "can come to), and against its bootstrapped targets in training; means over the tests of a run, medians over seeds.\n\n"
