@@ -8,7 +8,7 @@ The first seed is run at every rate of the grid; the others at the rate that was
 
 Scale small: two layers of 256 and 128, T = 70, 3 epochs, E_base = 3 / 15, so that runs 0 to 3 end at epochs 0.2, 0.6, 1.4 and 3: training
 ends, as the paper's does at epoch 315 of 320, at the low rate of a long synthetic run. A DNI is used from epoch 0.2, with the alpha that did
-best in recall.py. Scale paper: `--preset paper`, the paper's rate only.
+best in recall.py; no dropout. Scale paper: `--preset paper`, the paper's rate only.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import study
 
 METHODS = {"bptt": ["--mode", "bptt"], "dni": ["--mode", "dni"], "restart": ["--mode", "restart"],
            "dni-restart": ["--mode", "restart", "--gradient", "synthetic"], "alternating": ["--mode", "alternating"]}
-SIZE = {"small": ["--embedding-size", 128, "--hidden-size", 256, "--epochs", 3, "--dni-warmup", 0.2], "paper": ["--preset", "paper"]}
+SIZE = {"small": ["--embedding-size", 128, "--hidden-size", 256, "--epochs", 3, "--dni-warmup", 0.2, *study.UNREGULARISED], "paper": ["--preset", "paper"]}
 E_BASE = {"small": 0.2, "paper": 5.0}
 RATES = {"small": (1e-3, 3e-3, 1e-2), "paper": (1e-3,)}
 ALPHA = 0.9

@@ -19,6 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "experiments" / "logs"
+# Options of train.py for a text that is read once or a few times, too few to be learned by heart.
+UNREGULARISED = [x for name in ("dropout-input", "dropout-hidden", "dropout-output", "activation", "temporal") for x in (f"--{name}", 0)]
 sys.path.insert(0, str(ROOT))
 import train                                                                                       # noqa: E402
 

@@ -5,7 +5,7 @@
 
 The shorter the chunks, the more of the gradient truncation cuts off, so the more there is for a DNI to give back. Jaderberg et al. (DNI, 3.1) saw
 it help most at the shortest and no more by T = 40. Each run is `train.py --data ptb` at a size below the preset
-`small`, one epoch at a constant rate, the same for all arms of a T; g is used from the first step.
+`small`, one epoch at a constant rate and without dropout, the same for all arms of a T; g is used from the first step.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import argparse
 import study
 
 ARMS = {"bptt": ["--mode", "bptt"], "neuron": ["--mode", "dni", "--dni-warmup", 0], "layer": ["--mode", "dni", "--dni-warmup", 0, "--dni", "layer"]}
-SIZE = ["--data", "ptb", "--embedding-size", 128, "--hidden-size", 256, "--epochs", 1, "--compile"]
+SIZE = ["--data", "ptb", "--embedding-size", 128, "--hidden-size", 256, "--epochs", 1, "--compile", *study.UNREGULARISED]
 
 
 def one(case):
