@@ -1388,6 +1388,16 @@ def test_a_study_goes_on_and_reports(studies, tmp_path):
     assert f"| layer-wise DNI | 1.0 | {accuracy:.2f} [{accuracy:.2f}, {accuracy:.2f}] | 0/1 |" in table
 
 
+def test_a_study_does_not_mix_runs(studies, corpus, tmp_path):
+    """A run of train.py that an earlier study left behind is gone on with, but not under another setting."""
+    train_run = studies("study").train_run
+    arguments, folder = ["--data", corpus, "--mode", "bptt", *TINY, "--epochs", 1], tmp_path / "run"
+    row, = train_run({"case": 1}, arguments, folder)
+    assert train_run({"case": 1}, arguments, folder) == [row] and row["case"] == 1 and float(row["test_perplexity"]) > 1
+    with pytest.raises(RuntimeError, match="--lr"):
+        train_run({"case": 1}, [*arguments, "--lr", 0.01], folder)
+
+
 def test_results_are_what_the_logs_say(studies):
     """experiments/results.md is what report.py makes of the logs beside it, to the letter."""
     report, study = studies("report"), studies("study")

@@ -751,7 +751,8 @@ class Training:
 
     def __init__(self, s):
         """Load the corpus and build what learns; nothing is written yet. Raises UserError, CorpusError."""
-        self.s, self.place, self.device = s, Place(), pick_device(s.device)
+        self.s, self.place, self.out, self.progress, self.started = s, Place(), None, None, None
+        self.device = pick_device(s.device)
         if self.device == "cuda":
             torch.set_float32_matmul_precision("high")                  # TF32 in the products that are not in bf16
         self.product = pick_product(s.precision, self.device)
@@ -790,7 +791,8 @@ class Training:
             self.lock = lock(out)                                       # held until the process ends
         if self.processes > 1:
             dist.barrier()                                              # nobody reads a checkpoint before process 0 has the lock
-        self.out, checkpoint = out, self.take_up(resume) if resume else None
+        self.out = out
+        checkpoint = self.take_up(resume) if resume else None
         if self.rank:
             return
         with replacing(out / "settings.json") as file:
@@ -866,10 +868,10 @@ class Training:
                     if due and place.start < length:
                         self.keep_place()
                         saved = time.monotonic()
+                seconds = max(time.monotonic() - epoch_started, 1e-9)
                 if stop or place.start < length:
                     self.keep_place()
                 if not stop:
-                    seconds = max(time.monotonic() - epoch_started, 1e-9)
                     self.end_epoch((place.start - epoch_start) * s.batch_size / seconds, seconds)
                     saved = time.monotonic()
                     stop, = largest(stopped[0] if stopped else 0)

@@ -8,6 +8,7 @@ exactly b chunks of T steps after the symbol, whatever the phase: b borders lie 
 all phases occur in each chunk. Arms, at equal updates and equal tokens:
 
     bptt      truncated: no gradient crosses a border
+    cut       the same, the text ending every 20 chunks, and the state with it: what `terminal` is to be compared with
     full      the last chunk's loss, backpropagated through that chunk and the b before it, to the symbol
     neuron    the neuron-wise DNI (paper, 2.2)
     layer     the layer-wise DNI (DNI, 2.1): sees a whole layer at once, and knows which neuron is which
@@ -19,7 +20,8 @@ and changes to the neuron-wise one, one at a time, over one and two borders (a d
     memory    g's errors are backpropagated through h_g over 4 borders
     terminal  the text ends every 20 chunks, with state and h_g: what is injected there is known to be zero
     line      g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"
-    shuffled  what g predicts for one stream is injected into another: gradients of the right size that know nothing
+    shuffled  what g predicts for one stream is injected into another: gradients of the right size that know nothing (the agreement with
+              the truth is that of what is injected)
     named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
 
 An update is `train_step` of train.py (for `full`, `full_step` below), with no dropout, on a text that never repeats. The model, one QRNN layer of
@@ -93,7 +95,7 @@ class Memory(NeuronDNI):
 
 
 class Terminal(NeuronDNI):
-    ends = False                                                        # does the text end with this chunk? Set by `one`
+    ends = False                                                        # does the text end with this chunk? set by `one`
 
     def forward(self, state, memory=None):
         predicted, memory = super().forward(state, memory)
@@ -131,8 +133,8 @@ class Named(NeuronDNI):
 
 
 # arm: (settings, class of g or None for train.py's own)
-ARMS = {"bptt": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None), "neuron": (dict(mode="dni"), None),
-        "layer": (dict(mode="dni", dni="layer"), None),
+ARMS = {"bptt": (dict(mode="bptt"), None), "cut": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None),
+        "neuron": (dict(mode="dni"), None), "layer": (dict(mode="dni", dni="layer"), None),
         "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
         "terminal": (dict(mode="dni"), Terminal),
         "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named)}
@@ -216,11 +218,14 @@ def one(case, updates, every):
             recent = [*recent, (chunk, state)][-borders - 1:]
             state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1])
         else:
+            ends = arm in ("terminal", "cut") and (k + 1) % 20 == 0
             if arm == "terminal":
-                interface.g.ends = (k + 1) % 20 == 0
+                interface.g.ends = ends
             _, state, memory = train.train_step(model, optimizer, interface, *chunk, state, memory, bool(interface), s)
-            if arm == "terminal" and interface.g.ends:
-                state, memory, interface.g.ends = None, None, False
+            if ends:
+                state, memory = None, None
+                if interface:
+                    interface.g.ends = False
         if arm == "scaled" and k:
             interface.g.scale = ((squares + interface.agreement.sums[2]) / k).sqrt()               # of all targets so far
         if (k + 1) % every == 0:
@@ -261,7 +266,7 @@ def main():
     a = parser.parse_args()
     cases = [dict(arm=arm, alpha=alpha, borders=b, seed=seed) for seed in range(a.seeds) for b in a.borders for arm in a.arms
              if b <= 2 or arm in ("bptt", "full", "neuron", "layer")
-             for alpha in (("",) if arm in ("bptt", "full") else a.alphas if arm in ("neuron", "layer") else (a.alpha,))]
+             for alpha in (("",) if arm in ("bptt", "cut", "full") else a.alphas if arm in ("neuron", "layer") else (a.alpha,))]
     study.run(a.log, One(updates=a.updates, every=a.every), cases, a.jobs, updates=a.updates,
               model=f"QRNN of {NEURONS}, T = {T}, B = {B}, {SYMBOLS} symbols, {FILLERS} fillers, Adam {SETTINGS.lr}")
 

@@ -18,12 +18,12 @@ OUT = study.ROOT / "experiments"
 LOGS = ("recall", "truncation", "reproduce-small", "reproduce-paper")
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
-NAMES = {"bptt": "truncated BPTT", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
+NAMES = {"bptt": "truncated BPTT", "cut": "truncated BPTT, short texts", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
          "alternating": "alternating", "full": "full BPTT", "neuron": "neuron-wise DNI", "layer": "layer-wise DNI",
          "window": "neuron-wise, window 2", "scaled": "neuron-wise, targets normalised",
          "shuffled": "neuron-wise, predictions shuffled among streams", "line": "neuron-wise, g(c) = w c",
          "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named", "terminal": "neuron-wise, zero at the end of short texts"}
-ORDER = ("bptt", "full", "neuron", "window", "memory", "scaled", "terminal", "line", "shuffled", "named", "layer")
+ORDER = ("bptt", "cut", "full", "neuron", "window", "memory", "scaled", "terminal", "line", "shuffled", "named", "layer")
 COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "named": "#9467bd", "dni": "#d62728",
            "restart": "0.35", "dni-restart": "#d62728", "alternating": "#1f77b4"}
 
@@ -167,12 +167,13 @@ def figure_recall(plt, rows):
         axis.axhline(0.25, color="0.7", linewidth=0.8, linestyle=":")
         axis.set(title=f"{b} border{'s' * (b > '1')} between symbol and answer", xlabel="updates")
     axes[0][0].set_ylabel("accuracy of the answer")
-    axes[0][-1].legend(fontsize=7, loc="center right")
+    axes[0][0].legend(fontsize=7)                                       # where every arm has run
     return figure
 
 
 def figure_truncation(plt, rows):
-    last = {(row["T"], row["arm"], row["seed"]): float(row["test_perplexity"]) for row in last_of(rows, "T", "arm", "seed")}
+    last = {(row["T"], row["arm"], row["seed"]): float(row["test_perplexity"]) for row in last_of(rows, "T", "arm", "alpha", "seed")
+            if row["alpha"] in ("", "0.9")}
     lengths = sorted({T for T, _, _ in last}, key=int)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
     for arm in ("bptt", "neuron", "layer"):

@@ -88,9 +88,14 @@ def run(log, function, cases, jobs, **facts):
 
 
 def train_run(case, arguments, folder):
-    """train.py with `arguments` in `folder`, or going on there. Returns the rows of its log, each with its case and the test perplexity."""
-    command = ["--resume", folder] if any((folder / name).exists() for name in ("last.pt", "previous.pt")) else [*arguments, "--out", folder]
-    process = subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)], capture_output=True, text=True)
+    """train.py with `arguments` in `folder`, or going on there, where it refuses if the arguments were others.
+
+    Returns the rows of its log, each with its case and the test perplexity.
+    """
+    where = ["--out", folder]
+    if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+        where, arguments = ["--resume", folder], arguments[2:] if arguments[0] == "--preset" else arguments   # which a checkpoint knows
+    process = subprocess.run([sys.executable, ROOT / "train.py", *map(str, [*arguments, *where])], capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"{case}: {process.stderr.strip()[-500:]}")
     tested = process.stdout.split()[-1]
