@@ -154,7 +154,7 @@ def reproduce(logs):
 
 def figure_recall(plt, rows):
     borders = sorted({row["borders"] for row in rows})
-    figure, axes = plt.subplots(1, len(borders), figsize=(4 * len(borders), 3.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(borders), figsize=(4 * len(borders), 3.5), sharey=True, squeeze=False)
     for axis, b in zip(axes[0], borders):
         for (arm, alpha), mine in groups([row for row in rows if row["borders"] == b], "arm", "alpha").items():
             if alpha not in ("", "0.9") or arm not in ("bptt", "full", "neuron", "layer", "named"):
@@ -167,7 +167,7 @@ def figure_recall(plt, rows):
         axis.axhline(0.25, color="0.7", linewidth=0.8, linestyle=":")
         axis.set(title=f"{b} border{'s' * (b > '1')} between symbol and answer", xlabel="updates")
     axes[0][0].set_ylabel("accuracy of the answer")
-    axes[0][0].legend(fontsize=7)                                       # where every arm has run
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
@@ -246,12 +246,11 @@ def main():
         sys.exit("report.py: results.md is written; for the figures, pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
     for name, draw, rows in (("recall", figure_recall, logs["recall"]), ("truncation", figure_truncation, logs["truncation"]),
                              ("curves", figure_curves, logs["reproduce-small"])):
         if rows:
             figure = draw(plt, rows)
-            figure.tight_layout()
             figure.savefig(OUT / f"{name}.png", dpi=130)
 
 
