@@ -133,7 +133,7 @@ def reproduce(logs):
                 line.append(PUBLISHED.get((data, method), "not to hand"))
                 for scale, rows in logs.items():
                     last = last_of(chosen(rows, data, method), "seed")
-                    line.append(f"{spread(numbers(last, 'test_perplexity'))}, {len(last)} seed{'s' * (len(last) > 1)}, rate {last[0]['lr']}" if last else "not run at this scale")
+                    line.append(f"{spread(numbers(last, 'test_perplexity'))}{f', {len(last)} seeds' * (len(last) > 1)}, rate {last[0]['lr']}" if last else "not run at this scale")
             lines.append(line)
         text.append(f"**{title}**, test perplexity\n\n" + table(
             ["method"] + [h for data in ("PTB", "WT2") for h in (f"{data}: published", *(f"scale {scale}" for scale in logs))], lines))
@@ -179,7 +179,7 @@ def figure_truncation(plt, rows):
     for arm in ("bptt", "neuron", "layer"):
         found = {T: [value for (t, a, _), value in last.items() if (t, a) == (T, arm)] for T in lengths}
         found = {int(T): values for T, values in found.items() if values}
-        left.plot(found, [statistics.mean(v) for v in found.values()], "o-", color=COLOURS[arm], label=NAMES[arm], markersize=4)
+        left.plot(list(found), [statistics.mean(v) for v in found.values()], "o-", color=COLOURS[arm], label=NAMES[arm], markersize=4)
         if arm != "bptt":
             for T in lengths:
                 gains = [value - last[T, "bptt", seed] for (t, a, seed), value in last.items() if (t, a) == (T, arm) and (T, "bptt", seed) in last]
@@ -206,9 +206,9 @@ def figure_curves(plt, rows):
         for method in methods:
             curves = groups(chosen(rows, "ptb", method), "epoch")
             values = {int(e): numbers(of, "valid_perplexity") for (e,), of in curves.items()}
-            axis.plot(values, [statistics.mean(v) for v in values.values()], ".-", color=COLOURS[method], label=NAMES[method])
+            axis.plot(list(values), [statistics.mean(v) for v in values.values()], ".-", color=COLOURS[method], label=NAMES[method])
             axis.fill_between(list(values), [min(v) for v in values.values()], [max(v) for v in values.values()], color=COLOURS[method], alpha=0.15, linewidth=0)
-        axis.set(title=title, xlabel="epoch")
+        axis.set(title=title, xlabel="epoch", xlim=(0, 1.02 * epochs))
         axis.legend(fontsize=7)
     runs = [run_at(e, base=E_BASE["small"]).run for e in fine]
     for run in sorted(set(runs)):
