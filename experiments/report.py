@@ -145,6 +145,14 @@ def reproduce(logs):
             seed = mine[0]["seed"]
             best = {lr: min(numbers([row for row in mine if (row["lr"], row["seed"]) == (lr, seed)], "valid_perplexity"), default=None) for lr in rates}
             lines.append([data, NAMES[method], seed, *(f"{best[lr]:.2f}" if best[lr] else "-" for lr in rates)])
+        pairs = []
+        for data in dict.fromkeys(row["data"] for row in small):
+            tested = {m: {row["seed"]: float(row["test_perplexity"]) for row in chosen(small, data, m)} for m in NAMES}
+            for one, other in (("dni", "bptt"), ("dni-restart", "restart"), ("alternating", "restart"), ("alternating", "dni-restart"), ("restart", "bptt")):
+                less = [tested[one][seed] - tested[other][seed] for seed in tested[one] if seed in tested[other]]
+                pairs += [[data, f"{NAMES[one]} less {NAMES[other]}", len(less), spread(less)]] if less else []
+        text.append("Test perplexity of one method less that of another, same seed, each at its own rate, scale small.\n\n"
+                    + table(["corpus", "difference", "seeds", "mean"], pairs))
         text.append("The search at scale small: best validation perplexity of the first seed at each rate.\n\n"
                     + table(["corpus", "method", "seed", *rates], lines))
     return "\n".join(text)
