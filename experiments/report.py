@@ -63,11 +63,11 @@ def table(head, rows):
 
 
 def made_by(log):
-    text = []
+    commands = {}
     for facts in json.loads(log.with_suffix(".json").read_text()):
         rest = "; ".join(f"{name} {value}" for name, value in facts.items() if name not in ("command", "machine", "torch", "python"))
-        text.append(f"`{facts['command']}` on {facts['machine']}; torch {facts['torch']}, Python {facts['python']}; {rest}.")
-    return "Made by " + " And by ".join(text) + f" Log: `{log.relative_to(study.ROOT)}`.\n"
+        commands.setdefault(f"on {facts['machine']}; torch {facts['torch']}, Python {facts['python']}; {rest}.", []).append(f"`{facts['command']}`")
+    return "Made by " + " And by ".join(f"{', '.join(those)} {where}" for where, those in commands.items()) + f" Log: `{log.relative_to(study.ROOT)}`.\n"
 
 
 # ---------------------------------------------------------------------------------------------------- the three studies
