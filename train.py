@@ -108,7 +108,7 @@ class Settings:
     sgdr_step: str = setting("batch", "E_cur moves with each batch, or each epoch (authors' code)", ("batch", "epoch"))
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
     # the interface
-    dni_alpha: float = setting(0.1, "alpha, factor on injected gradients; authors' code: 0.1, the paper's Eq. 1 has none: 1")
+    dni_alpha: float = setting(0.9, "alpha, factor on injected gradients; the paper's Eq. 1 has none: 1, authors' code: 0.1")
     dni_hidden: int = setting(50, "neurons of g (2.2)")
     dni_lr: float = setting(1e-3, "Adam's learning rate for g")
     dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How much should a synthetic gradient count, and does either interface learn? Mode dni on the embedded corpus: the neuron-wise
-# DNI for three values of alpha, the layer-wise one for the default, three seeds each. With alpha 0 the DNI only watches: BPTT.
+# DNI for three values of alpha, the layer-wise one for 0.1, three seeds each. With alpha 0 the DNI only watches: BPTT.
 # Writes experiments/logs/alpha.csv; about 15 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
