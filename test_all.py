@@ -1378,6 +1378,22 @@ def test_full_credit_of_recall(studies):
         close(*weights)
 
 
+def test_a_terminal_target_of_zero_injects_nothing(studies):
+    """Arm `terminal` of recall.py: the step that ends a text is the step with real gradients, and no other step is."""
+    recall = studies("recall")
+    (inputs, targets), T, weights = recall.episodes(1, 0, 2, 20), recall.T, {}
+    for ends, synthetic in ((True, True), (False, True), (False, False)):
+        torch.manual_seed(3)
+        model, g = recall.Reader(13), recall.Terminal(5, last_layer=0.5)
+        g.ends = ends
+        interface = train.Interface(g, torch.optim.SGD(g.parameters(), 0.1), Agreement())
+        train.train_step(model, torch.optim.SGD(model.parameters(), 1.0), interface, inputs[:T], targets[:T], None, None, synthetic,
+                          train.Settings(clip=100.0, dni_alpha=0.9))
+        weights[ends, synthetic] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(weights[True, True], weights[False, False])
+    assert (weights[False, True] - weights[False, False]).abs().max() > 1e-5
+
+
 def test_a_study_goes_on_and_reports(studies, tmp_path):
     """A study runs each case once, whatever it is called for again, and its report is made of its log."""
     log = tmp_path / "recall.csv"
