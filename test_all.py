@@ -1424,6 +1424,22 @@ def test_results_are_what_the_logs_say(studies):
     assert (HERE / "experiments" / "results.md").read_text() == report.results({name: study.read(study.LOGS / f"{name}.csv") for name in report.LOGS})
 
 
+def test_the_tables_say_what_a_hand_would(studies):
+    """The rate of a method is the one with the best validation perplexity for its first seed; differences are within a seed; a gap is named."""
+    report = studies("report")
+
+    def run(method, lr, seed, valid, tested):
+        return [dict(data="ptb", method=method, lr=lr, seed=seed, epoch=str(epoch), valid_perplexity=str(v), test_perplexity=str(tested), dni_cosine="nan")
+                for epoch, v in enumerate(valid, 1)]
+    rows = [*run("bptt", "0.1", "1", [9, 8], 7.0), *run("bptt", "0.2", "1", [6, 8], 9.0), *run("bptt", "0.2", "2", [5, 4], 11.0),
+            *run("dni", "0.1", "1", [3, 8], 6.0), *run("dni", "0.2", "1", [4, 8], 1.0), *run("dni", "0.1", "2", [5, 5], 10.0), *run("dni", "0.2", "2", [2, 2], 0.5)]
+    text = report.reproduce({"small": rows, "paper": rows[:2]})
+    assert "| truncated BPTT | 62.78 | 10.00 ± 1.41, 2 seeds, rate 0.2 | 7.00 (one seed), rate 0.1 |" in text
+    assert "| neuron-wise DNI | not to hand | 8.00 ± 2.83, 2 seeds, rate 0.1 | not run at this scale |" in text
+    assert "| ptb | neuron-wise DNI less truncated BPTT | 2 | -2.00 ± 1.41 |" in text
+    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 3
+
+
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])
 def test_each_file_runs_alone(script, tmp_path):
     """`python FILE` prints a small demonstration of its idea, in a folder with nothing else but, for dni.py, qrnn.py."""

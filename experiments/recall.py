@@ -17,6 +17,7 @@ and changes to the neuron-wise one, one at a time, over one and two borders (a d
 
     window    g sees this border's scalar and the last one's
     scaled    g predicts in units of the targets' root mean square
+    amnesic   g forgets: h_g is zero at every border
     memory    g's errors are backpropagated through h_g over 4 borders
     terminal  the text ends every 20 chunks, with state and h_g: what is injected there is known to be zero
     line      g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"
@@ -80,6 +81,11 @@ class Scaled(NeuronDNI):
         return [self.scale * p for p in predicted], memory
 
 
+class Amnesic(NeuronDNI):
+    def forward(self, state, memory=None):
+        return super().forward(state)
+
+
 class Memory(NeuronDNI):
     """The prediction to be learned from is made anew from the last borders' states, with the graph of h_g over them."""
     borders, past = 4, ()
@@ -135,9 +141,8 @@ class Named(NeuronDNI):
 # arm: (settings, class of g or None for train.py's own)
 ARMS = {"bptt": (dict(mode="bptt"), None), "cut": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None),
         "neuron": (dict(mode="dni"), None), "layer": (dict(mode="dni", dni="layer"), None),
-        "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "memory": (dict(mode="dni"), Memory),
-        "terminal": (dict(mode="dni"), Terminal),
-        "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named)}
+        "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "amnesic": (dict(mode="dni"), Amnesic),
+        "memory": (dict(mode="dni"), Memory), "terminal": (dict(mode="dni"), Terminal), "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named)}
 
 
 # ------------------------------------------------------------------------------------------------------------- one run

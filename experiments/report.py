@@ -15,15 +15,16 @@ import train
 from dni import LayerDNI, NeuronDNI
 
 OUT = study.ROOT / "experiments"
-LOGS = ("recall", "truncation", "reproduce-small", "reproduce-paper")
+REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
+LOGS = ("recall", "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT", "cut": "truncated BPTT, short texts", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
          "alternating": "alternating", "full": "full BPTT", "neuron": "neuron-wise DNI", "layer": "layer-wise DNI",
          "window": "neuron-wise, window 2", "scaled": "neuron-wise, targets normalised",
          "shuffled": "neuron-wise, predictions shuffled among streams", "line": "neuron-wise, g(c) = w c",
-         "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named", "terminal": "neuron-wise, zero at the end of short texts"}
-ORDER = ("bptt", "cut", "full", "neuron", "window", "memory", "scaled", "terminal", "line", "shuffled", "named", "layer")
+         "amnesic": "neuron-wise, h_g zero at every border", "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named", "terminal": "neuron-wise, zero at the end of short texts"}
+ORDER = ("bptt", "cut", "full", "neuron", "window", "amnesic", "memory", "scaled", "terminal", "line", "shuffled", "named", "layer")
 COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "named": "#9467bd", "dni": "#d62728",
            "restart": "0.35", "dni-restart": "#d62728", "alternating": "#1f77b4"}
 
@@ -204,9 +205,8 @@ def figure_truncation(plt, rows):
 
 
 def figure_curves(plt, rows):
-    from reproduce import E_BASE
+    from reproduce import e_base
     from sgdr import run_at
-    rows = [row for row in rows if row["data"] == "ptb"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     epochs = max(int(row["epoch"]) for row in rows)
     fine = [i * epochs / 2000 for i in range(2000)]
@@ -218,7 +218,7 @@ def figure_curves(plt, rows):
             axis.fill_between(list(values), [min(v) for v in values.values()], [max(v) for v in values.values()], color=COLOURS[method], alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="epoch", xlim=(0, 1.02 * epochs))
         axis.legend(fontsize=7)
-    runs = [run_at(e, base=E_BASE["small"]).run for e in fine]
+    runs = [run_at(e, base=e_base("small", "ptb")).run for e in fine]
     for run in sorted(set(runs)):
         span = [e for e, r in zip(fine, runs) if r == run]
         if run % 2:
@@ -233,13 +233,14 @@ def results(logs):
     """The text of results.md. logs: {name: rows}."""
     text = ["# Results\n\nWritten by `python experiments/report.py` out of `experiments/logs/`. ± is the standard deviation over seeds.\n"]
 
-    def section(title, name, body, picture):
+    def section(title, picture, body, rows, *names):
+        there = [name for name in names if logs[name]]
         text.append(f"\n## {title}\n")
-        text.append(f"![{title}]({picture})\n\n{body(logs[name])}\n{made_by(study.LOGS / f'{name}.csv')}" if logs[name] else "Not run yet.\n")
-    section("Is credit carried? `recall.py`", "recall", recall, "recall.png")
-    section("Where does it matter? `truncation.py`", "truncation", truncation, "truncation.png")
-    section("The paper's tables. `reproduce.py`", "reproduce-small",
-            lambda rows: reproduce({"small": rows, "paper": logs["reproduce-paper"]}), "curves.png")
+        text.append("\n".join([f"![{title}]({picture})\n", body(rows), *(made_by(study.LOGS / f"{name}.csv") for name in there)]) if there else "Not run yet.\n")
+    section("Is credit carried? `recall.py`", "recall.png", recall, logs["recall"], "recall")
+    section("Where does it matter? `truncation.py`", "truncation.png", truncation, logs["truncation"], "truncation")
+    reproduced = {scale: [row for name in names for row in logs[name]] for scale, names in REPRODUCED.items()}
+    section("The paper's tables. `reproduce.py`", "curves.png", reproduce, reproduced, *(name for names in REPRODUCED.values() for name in names))
     text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): neuron-wise "
                 f"{train.parameters(NeuronDNI()):,} parameters, layer-wise {train.parameters(LayerDNI([1550] * 3 + [400])):,}.\n")
     return "\n".join(text)
@@ -256,7 +257,7 @@ def main():
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
     for name, draw, rows in (("recall", figure_recall, logs["recall"]), ("truncation", figure_truncation, logs["truncation"]),
-                             ("curves", figure_curves, logs["reproduce-small"])):
+                             ("curves", figure_curves, logs["reproduce-small-ptb"])):
         if rows:
             figure = draw(plt, rows)
             figure.savefig(OUT / f"{name}.png", dpi=130)

@@ -1,14 +1,14 @@
 """The paper's five methods, at equal budget, the learning rate of each searched over the same grid.
 
     python experiments/reproduce.py --scale small                  PTB at a size for two CPU cores; resumable
-    python experiments/reproduce.py --scale small --data wt2 --seeds 42
+    python experiments/reproduce.py --scale small --data wt2 --seeds 42 --rates 3e-3 1e-2
     python experiments/reproduce.py --scale paper --data ptb       the paper's own configuration, for a GPU
 
 The first seed is run at every rate of the grid; the others at the rate that was best for their method on validation text.
 
-Scale small: two layers of 256 and 128, T = 70, 3 epochs, E_base = 3 / 15, so that runs 0 to 3 end at epochs 0.2, 0.6, 1.4 and 3: training
-ends, as the paper's does at epoch 315 of 320, at the low rate of a long synthetic run. A DNI is used from epoch 0.2, with an
-alpha that carried credit in recall.py; no dropout. Scale paper: `--preset paper`, the paper's rate only, and its Eq. 1, which has no alpha.
+Scale small: two layers of 256 and 128, T = 70, 3 epochs of PTB or 1 of WT2, E_base a fifteenth of that, so that runs 0 to 3 end after 1, 3, 7
+and 15 fifteenths: training ends, as the paper's does at epoch 315 of 320, at the low rate of a long synthetic run. A DNI is used after the first
+fifteenth, with an alpha that carried credit in recall.py; no dropout. Scale paper: `--preset paper`, the paper's rate only, and its Eq. 1, which has no alpha.
 """
 
 import argparse
@@ -17,11 +17,20 @@ import study
 
 METHODS = {"bptt": ["--mode", "bptt"], "dni": ["--mode", "dni"], "restart": ["--mode", "restart"],
            "dni-restart": ["--mode", "restart", "--gradient", "synthetic"], "alternating": ["--mode", "alternating"]}
-SIZE = {"small": ["--embedding-size", 128, "--hidden-size", 256, "--epochs", 3, "--dni-warmup", 0.2, *study.UNREGULARISED], "paper": ["--preset", "paper"]}
-E_BASE = {"small": 0.2, "paper": 5.0}
-RATES = {"small": (1e-3, 3e-3, 1e-2), "paper": (1e-3,)}
+EPOCHS = {"ptb": 3, "wt2": 1}                                          # at scale small
+RATES = {"small": (1e-3, 3e-3, 1e-2, 3e-2), "paper": (1e-3,)}
 ALPHA = {"small": 0.9, "paper": 1.0}
 SEEDS = {"small": (42, 43, 44), "paper": (42,)}
+
+
+def e_base(scale, data):
+    return EPOCHS[data] / 15 if scale == "small" else 5.0
+
+
+def size(scale, data):
+    if scale == "paper":
+        return ["--preset", "paper"]
+    return ["--embedding-size", 128, "--hidden-size", 256, "--epochs", EPOCHS[data], "--dni-warmup", e_base(scale, data), *study.UNREGULARISED]
 
 
 class One:
@@ -29,9 +38,10 @@ class One:
         self.scale = scale
 
     def __call__(self, case):
-        arguments = [*SIZE[self.scale], "--compile", "--dni-alpha", ALPHA[self.scale], "--data", case["data"], *METHODS[case["method"]], "--lr", case["lr"], "--seed", case["seed"]]
+        arguments = [*size(self.scale, case["data"]), "--compile", "--dni-alpha", ALPHA[self.scale], "--data", case["data"],
+                     *METHODS[case["method"]], "--lr", case["lr"], "--seed", case["seed"]]
         if "restart" in case["method"] or case["method"] == "alternating":
-            arguments += ["--e-base", E_BASE[self.scale]]
+            arguments += ["--e-base", e_base(self.scale, case["data"])]
         return study.train_run(case, arguments, study.ROOT / "runs" / f"reproduce-{self.scale}" / "-".join(map(str, case.values())))
 
 
@@ -43,18 +53,19 @@ def best_rate(rows, data, method, seed):
 
 def main():
     parser = argparse.ArgumentParser(description="The paper's five methods at equal budget.")
-    parser.add_argument("--scale", choices=SIZE, required=True)
+    parser.add_argument("--scale", choices=RATES, required=True)
     parser.add_argument("--data", choices=("ptb", "wt2"), default="ptb")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates of the grid; 0.001 0.003 0.01 0.03 at scale small, 0.001 at scale paper")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [%(default)s]")
     a = parser.parse_args()
-    log, seeds = study.LOGS / f"reproduce-{a.scale}.csv", a.seeds or SEEDS[a.scale]
+    log, seeds, rates = study.LOGS / f"reproduce-{a.scale}-{a.data}.csv", a.seeds or SEEDS[a.scale], a.rates or RATES[a.scale]
 
     def run(choices):
         study.run(log, One(a.scale), [dict(data=a.data, method=m, lr=lr, seed=seed) for m, lr, seed in choices], a.jobs,
-                  settings=" ".join(map(str, SIZE[a.scale])), alpha=ALPHA[a.scale], e_base=E_BASE[a.scale])
-    run([(m, lr, seeds[0]) for lr in RATES[a.scale] for m in a.methods])
+                  settings=" ".join(map(str, size(a.scale, a.data))), alpha=ALPHA[a.scale], e_base=e_base(a.scale, a.data))
+    run([(m, lr, seeds[0]) for lr in rates for m in a.methods])
     best = {m: best_rate(study.read(log), a.data, m, seeds[0]) for m in a.methods}
     if seeds[1:]:
         run([(m, float(best[m]), seed) for seed in seeds[1:] for m in a.methods])
