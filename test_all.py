@@ -1378,6 +1378,57 @@ def test_full_credit_of_recall(studies):
         close(*weights)
 
 
+def test_each_change_of_recall_changes_one_thing(studies):
+    """The changed DNIs of recall.py with the weights of the plain one: what is different, and that the rest is not."""
+    recall = studies("recall")
+    torch.manual_seed(0)
+    plain, states, memories = NeuronDNI(last_layer=0.5), [[torch.randn(4, recall.NEURONS)] for _ in range(6)], [None]
+    for s in states:
+        memories.append(tuple(m.detach() for m in plain(s, memories[-1])[1]))
+
+    def same(kind, border):
+        """A DNI of that kind, and what it and the plain one say of a border."""
+        g = kind(50)
+        g.load_state_dict(plain.state_dict(), strict=False)
+        (mine,), (theirs,) = g(states[border], memories[border])[0], plain(states[border], memories[border])[0]
+        return g, mine, theirs
+
+    g, mine, theirs = same(recall.Scaled, 3)                            # in units of `scale`
+    assert torch.equal(mine, theirs)
+    g.scale = 3.0
+    close(g(states[3], memories[3])[0][0], 3 * theirs)
+
+    g, mine, theirs = same(recall.Amnesic, 3)                           # as at a first border, always
+    assert torch.equal(mine, plain(states[3])[0][0]) and not torch.allclose(mine, theirs)
+
+    g, mine, theirs = same(recall.Named, 3)                             # who a neuron is, is its name and not its place; nameless, the plain one
+    flip = [states[3][0].flip(1)]
+    (before,), (flipped,) = g(states[3])[0], g(flip)[0]
+    assert not torch.allclose(flipped, before.flip(1))
+    g.names.data = g.names.data.flip(0)
+    close(g(flip)[0][0], before.flip(1))
+    torch.nn.init.zeros_(g.names)
+    close(g(states[3], memories[3])[0][0], theirs)
+
+    g, mine, theirs = same(recall.Shuffled, 3)                          # what is learned from is not shuffled, what is injected is
+    assert torch.equal(mine, theirs)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        (injected,), _ = g(states[3], memories[3])
+    assert not torch.equal(injected, theirs) and sorted(injected.tolist()) == sorted(theirs.tolist())
+
+    g = recall.Memory()                                                 # the same predictions, but they know which weights wrote h_g
+    g.load_state_dict(plain.state_dict())
+    for k, s in enumerate(states):
+        (mine,), _ = g(s, memories[k])
+        close(mine, plain(s, memories[k])[0][0])
+    memory = memories[2]                                                # before the fourth border from the last
+    for s in states[2:]:
+        (unrolled,), memory = plain(s, memory)
+    for weight, its in zip(torch.autograd.grad(unrolled.square().sum(), plain.parameters()), torch.autograd.grad(mine.square().sum(), g.parameters())):
+        close(its, weight)
+
+
 def test_a_terminal_target_of_zero_injects_nothing(studies):
     """Arm `terminal` of recall.py: the step that ends a text is the step with real gradients, and no other step is."""
     recall = studies("recall")
