@@ -2,6 +2,8 @@
 
     python experiments/recall.py                                        everything, about an hour on two cores; resumable
     python experiments/recall.py --seeds 1 --arms bptt full             a first look
+    python experiments/recall.py --study pairs                          every stream with another at the same place of its episode
+    python experiments/recall.py --study answers                        such streams, the loss counted at the answers alone
 
 An episode shows one of K symbols, then D fillers, a query, and the symbol again (data.py). With D = b T - 1 the query comes
 exactly b chunks of T steps after the symbol, whatever the phase: b borders lie between them, and the B streams are cut so that
@@ -24,6 +26,13 @@ and changes to the neuron-wise one, one at a time, over one and two borders (a d
     shuffled  what g predicts for one stream is injected into another: gradients of the right size that know nothing (the agreement with
               the truth is that of what is injected)
     named     g gets, beside the scalar, a learnt vector of 50 numbers for each neuron: it knows which neuron is which
+    swapped   (streams in pairs) what g predicts for a stream is injected into the other stream at the same place of its episode: gradients that
+              know where in the episode they are, and not which symbol it has
+
+Two more studies take that apart. A text asks two things, which symbol it was and when the query comes, and the gradients of both cross a
+border. In `pairs` B is twice the length of an episode, so that each place of an episode is in two streams (and the number of answers in an
+update the same over any number of borders), and `swapped` is possible. In `answers`, moreover, the symbol is all that is asked for: what
+follows any word but a query is not counted, in training, in the true gradient and in the perplexity, whose floor is then 1.
 
 An update is `train_step` of train.py (for `full`, `full_step` below), with no dropout, on a text that never repeats. The model, one QRNN layer of
 64, starts with forget gates of about sigmoid(2), so that a state outlives a border. Every so often it is tested on a text of its own: accuracy of
@@ -50,6 +59,7 @@ from dni import Agreement, NeuronDNI
 from qrnn import QRNN
 
 T, B, NEURONS, SYMBOLS, FILLERS = 10, 32, 64, 4, 8
+QUERY, IGNORED = SYMBOLS + FILLERS, -100                                # a token, and a target that is not counted
 SETTINGS = train.Settings(embedding_size=NEURONS, hidden_size=NEURONS, num_layers=1, l2=0.0, clip=1.0, batch_size=B, bptt=T, lr=3e-3)
 
 
@@ -68,7 +78,12 @@ class Reader(nn.Module):
 
     def loss(self, tokens, targets, state=None, *_):
         logits, state = self(tokens, state)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), 0.0, state
+        return mean_nll(logits, targets), 0.0, state
+
+
+def mean_nll(logits, targets):
+    """The loss over all positions, those that are not counted at zero: the mean over T B that the units of dni.py want."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
 # --------------------------------------------------------------------------------------------- changes to the interface
@@ -118,6 +133,14 @@ class Shuffled(NeuronDNI):
         return predicted, memory
 
 
+class Swapped(NeuronDNI):
+    def forward(self, state, memory=None):
+        predicted, memory = super().forward(state, memory)
+        if not torch.is_grad_enabled():                                 # to be injected, not to be learned from
+            predicted = [p.roll(len(p) // 2, 0) for p in predicted]
+        return predicted, memory
+
+
 class Line(nn.Module):
     def __init__(self, _):
         super().__init__()
@@ -142,7 +165,12 @@ class Named(NeuronDNI):
 ARMS = {"bptt": (dict(mode="bptt"), None), "cut": (dict(mode="bptt"), None), "full": (dict(mode="bptt"), None),
         "neuron": (dict(mode="dni"), None), "layer": (dict(mode="dni", dni="layer"), None),
         "window": (dict(mode="dni", dni_window=2), None), "scaled": (dict(mode="dni"), Scaled), "amnesic": (dict(mode="dni"), Amnesic),
-        "memory": (dict(mode="dni"), Memory), "terminal": (dict(mode="dni"), Terminal), "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named)}
+        "memory": (dict(mode="dni"), Memory), "terminal": (dict(mode="dni"), Terminal), "line": (dict(mode="dni"), Line), "shuffled": (dict(mode="dni"), Shuffled), "named": (dict(mode="dni"), Named),
+        "swapped": (dict(mode="dni"), Swapped)}
+# study: (arms, borders, alphas of neuron and layer)
+STUDIES = {"recall": ([arm for arm in ARMS if arm != "swapped"], (1, 2, 3), (0.1, 0.9, 1.0)),
+           "pairs": (["bptt", "neuron", "swapped"], (2,), (0.9,)),
+           "answers": (["bptt", "full", "neuron", "layer"], (1, 2, 3), (0.9,))}
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -152,31 +180,32 @@ def full_step(model, optimizer, chunks, state):
     logits, new_state = model(torch.cat([x for x, _ in chunks]), state)
     last = chunks[-1][1]
     optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(logits[-len(last):].flatten(0, 1), last.flatten()).backward()
+    mean_nll(logits[-len(last):], last).backward()
     nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip)
     optimizer.step()
     return train.cut(new_state)
 
 
-def episodes(borders, seed, streams, steps):
+def episodes(borders, seed, streams, steps, answers=False):
     """Inputs and targets, (steps, streams) each, of the language with that many borders between symbol and query.
 
     Each stream begins one step later in its episode than the one before it: all phases side by side.
+    answers: all other targets are not counted.
     """
     period = borders * T + 2
     length = steps + (1 - steps) % period                               # 1 more than whole episodes
     text = recall(period - 3, SYMBOLS, FILLERS, streams * length // period + 10, seed).train
-    return tuple(text[i:i + streams * length].view(streams, length).t()[:steps] for i in (0, 1))
+    inputs, targets = (text[i:i + streams * length].view(streams, length).t()[:steps] for i in (0, 1))
+    return inputs, targets.masked_fill(inputs != QUERY, IGNORED) if answers else targets
 
 
 @torch.no_grad()
 def test(model, inputs, targets):
-    """(accuracy of the answers, perplexity) on (L, B) streams, the first quarter for warming up."""
+    """(accuracy of the answers, perplexity of what is counted) on (L, B) streams, the first quarter for warming up."""
     log_p = model(inputs)[0].log_softmax(-1)[len(inputs) // 4:]
     inputs, targets = inputs[len(inputs) // 4:], targets[len(inputs) // 4:]
-    answers = inputs == SYMBOLS + FILLERS                               # what follows the query
-    accuracy = (log_p.argmax(-1) == targets)[answers].double().mean()
-    return accuracy.item(), math.exp(-log_p.gather(-1, targets[..., None]).mean())
+    accuracy, counted = (log_p.argmax(-1) == targets)[inputs == QUERY].double().mean(), targets != IGNORED
+    return accuracy.item(), math.exp(-log_p[counted].gather(-1, targets[counted][:, None]).mean())
 
 
 def truth(model, g, inputs, targets, alpha=1.0):
@@ -201,14 +230,16 @@ def truth(model, g, inputs, targets, alpha=1.0):
     return agreement.result()
 
 
-def one(case, updates, every):
+def one(case, updates, every, which):
     train.keep_freed_memory()
     arm, borders, seed = case["arm"], case["borders"], case["seed"]
     settings, special = ARMS[arm]
     s = dataclasses.replace(SETTINGS, seed=seed, dni_alpha=case["alpha"] or 0.0, **settings)
-    inputs, targets = episodes(borders, seed, B, updates * T)
-    test_text = episodes(borders, seed + 1000, 4 * (borders * T + 2), 24 * T)                      # each phase 4 times
-    facts, vocabulary = recall(borders * T - 1, SYMBOLS, FILLERS, 10).facts, SYMBOLS + FILLERS + 1
+    answers, streams = which == "answers", B if which == "recall" else 2 * (borders * T + 2)
+    inputs, targets = episodes(borders, seed, streams, updates * T, answers)
+    test_text = episodes(borders, seed + 1000, 4 * (borders * T + 2), 24 * T, answers)             # each phase 4 times
+    floor = 1.0 if answers else recall(borders * T - 1, SYMBOLS, FILLERS, 10).facts["perplexity floor"]
+    vocabulary = SYMBOLS + FILLERS + 1
     interface = train.build(s, vocabulary, "cpu")[2]
     if special:
         g = special(s.dni_hidden)
@@ -241,7 +272,7 @@ def one(case, updates, every):
                           *interface.agreement.result()]
                 squares, interface.agreement.sums = squares + interface.agreement.sums[2], 0.0
             rows.append({**case, "updates": k + 1, "accuracy": round(accuracy, 4), "perplexity": round(perplexity, 4),
-                         "floor": round(facts["perplexity floor"], 4),
+                         "floor": round(floor, 4),
                          **dict(zip(("true_cosine", "true_r2", "own_cosine", "own_r2", "target_cosine", "target_r2"), (round(a, 4) for a in agreed))),
                          "seconds": round(time.monotonic() - started, 1)})
     return rows
@@ -259,21 +290,23 @@ class One:
 
 def main():
     parser = argparse.ArgumentParser(description="Is credit carried across the border of truncated backpropagation?")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--alphas", nargs="+", type=float, default=(0.1, 0.9, 1.0), help="alpha of neuron and layer [%(default)s]")
+    parser.add_argument("--study", choices=STUDIES, default="recall", help="decides what of the next three is not given [%(default)s]")
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
+    parser.add_argument("--borders", nargs="+", type=int)
+    parser.add_argument("--alphas", nargs="+", type=float, help="alpha of neuron and layer")
     parser.add_argument("--alpha", type=float, default=0.9, help="alpha of the changed ones [%(default)s]")
-    parser.add_argument("--borders", nargs="+", type=int, default=(1, 2, 3))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--updates", type=int, default=2400)
     parser.add_argument("--every", type=int, default=200, help="updates from one test to the next [%(default)s]")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [%(default)s]")
-    parser.add_argument("--log", type=Path, default=study.LOGS / "recall.csv")
+    parser.add_argument("--log", type=Path, help="default: in experiments/logs, recall.csv, recall-pairs.csv or recall-answers.csv")
     a = parser.parse_args()
-    cases = [dict(arm=arm, alpha=alpha, borders=b, seed=seed) for seed in range(a.seeds) for b in a.borders for arm in a.arms
-             if b <= 2 or arm in ("bptt", "full", "neuron", "layer")
-             for alpha in (("",) if arm in ("bptt", "cut", "full") else a.alphas if arm in ("neuron", "layer") else (a.alpha,))]
-    study.run(a.log, One(updates=a.updates, every=a.every), cases, a.jobs, updates=a.updates,
-              model=f"QRNN of {NEURONS}, T = {T}, B = {B}, {SYMBOLS} symbols, {FILLERS} fillers, Adam {SETTINGS.lr}")
+    plain, (arms, borders, alphas) = a.study == "recall", (given or usual for given, usual in zip((a.arms, a.borders, a.alphas), STUDIES[a.study]))
+    cases = [dict(arm=arm, alpha=alpha, borders=b, seed=seed) for seed in range(a.seeds) for b in borders for arm in arms
+             if not plain or b <= 2 or arm in ("bptt", "full", "neuron", "layer")
+             for alpha in (("",) if arm in ("bptt", "cut", "full") else alphas if arm in ("neuron", "layer") else (a.alpha,))]
+    study.run(a.log or study.LOGS / f"recall{'' if plain else '-' + a.study}.csv", One(updates=a.updates, every=a.every, which=a.study), cases, a.jobs,
+              updates=a.updates, model=f"QRNN of {NEURONS}, T = {T}, B = {B if plain else '2 episodes'}, {SYMBOLS} symbols, {FILLERS} fillers, Adam {SETTINGS.lr}")
 
 
 if __name__ == "__main__":
