@@ -1323,17 +1323,20 @@ def studies(monkeypatch):
     return importlib.import_module
 
 
-def test_the_true_future_gradient_of_recall(studies):
-    """What recall.py calls the true gradient of s_k is that of all the text after border k, read on in one piece from s_k."""
+@pytest.mark.parametrize("answers", [False, True])
+def test_the_true_future_gradient_of_recall(studies, answers):
+    """What recall.py calls the true gradient of s_k is that of what counts of the text after border k, read on in one piece from s_k."""
     recall = studies("recall")
-    (inputs, targets), model, T = recall.episodes(1, 0, 4, 240), recall.Reader(13), recall.T
+    (inputs, targets), model, T = recall.episodes(1, 0, 4, 240, answers), recall.Reader(13), recall.T
+    every_target, counts = recall.episodes(1, 0, 4, 240)[1], (inputs == 12) | (not answers)
+    assert torch.equal(targets == every_target, counts) and 0.07 < (inputs == 12).double().mean() < 0.09                # once in 12
 
     def oracle(state, memory):
         k = (memory or 0) + 1
         leaf = [(state[0].detach().requires_grad_(), torch.zeros(0, 4, recall.NEURONS))]
         with torch.enable_grad():
             logits, _ = model(inputs[k * T:], leaf)
-            future = F.cross_entropy(logits.flatten(0, 1), targets[k * T:].flatten(), reduction="sum")
+            future = -(logits.log_softmax(-1).gather(-1, every_target[k * T:, :, None])[..., 0] * counts[k * T:]).sum()
             return [torch.autograd.grad(future, leaf[0][0])[0]], k
     assert recall.truth(model, oracle, inputs, targets) == pytest.approx((1, 1), abs=1e-5)
     assert recall.truth(model, oracle, inputs, targets, alpha=0.0)[0] < 0.99
@@ -1352,6 +1355,7 @@ def test_the_episodes_of_recall(studies):
         symbol = inputs[period + t - b * recall.T, stream]
         assert torch.equal(symbol, targets[period + t, stream]) and (symbol < recall.SYMBOLS).all() and len(symbol.unique()) == 4
         assert len({tuple(column) for column in inputs.t().tolist()}) == n
+        assert torch.equal(inputs[:, period:] == recall.QUERY, inputs[:, :-period] == recall.QUERY)                     # streams a period apart: pairs
 
 
 def test_full_credit_of_recall(studies):
@@ -1416,6 +1420,11 @@ def test_each_change_of_recall_changes_one_thing(studies):
     with torch.no_grad():
         (injected,), _ = g(states[3], memories[3])
     assert not torch.equal(injected, theirs) and sorted(injected.tolist()) == sorted(theirs.tolist())
+
+    g, mine, theirs = same(recall.Swapped, 3)                           # of 4 streams 0 and 2, 1 and 3 are pairs
+    assert torch.equal(mine, theirs)
+    with torch.no_grad():
+        close(g(states[3], memories[3])[0][0][[2, 3, 0, 1]], theirs)
 
     g = recall.Memory()                                                 # the same predictions, but they know which weights wrote h_g
     g.load_state_dict(plain.state_dict())
@@ -1488,7 +1497,7 @@ def test_the_tables_say_what_a_hand_would(studies):
     assert "| truncated BPTT | 62.78 | 10.00 ± 1.41, 2 seeds, rate 0.2 | 7.00 (one seed), rate 0.1 |" in text
     assert "| neuron-wise DNI | not to hand | 8.00 ± 2.83, 2 seeds, rate 0.1 | not run at this scale |" in text
     assert "| ptb | neuron-wise DNI less truncated BPTT | 2 | -2.00 ± 1.41 |" in text
-    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 3
+    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 5
 
 
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])

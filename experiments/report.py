@@ -16,15 +16,15 @@ from dni import LayerDNI, NeuronDNI
 
 OUT = study.ROOT / "experiments"
 REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
-LOGS = ("recall", "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
+LOGS = ("recall", "recall-pairs", "recall-answers", "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT", "cut": "truncated BPTT, short texts", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
          "alternating": "alternating", "full": "full BPTT", "neuron": "neuron-wise DNI", "layer": "layer-wise DNI",
          "window": "neuron-wise, window 2", "scaled": "neuron-wise, targets normalised",
-         "shuffled": "neuron-wise, predictions shuffled among streams", "line": "neuron-wise, g(c) = w c",
+         "shuffled": "neuron-wise, predictions shuffled among streams", "swapped": "neuron-wise, predictions swapped between streams at the same place", "line": "neuron-wise, g(c) = w c",
          "amnesic": "neuron-wise, h_g zero at every border", "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named", "terminal": "neuron-wise, zero at the end of short texts"}
-ORDER = ("bptt", "cut", "full", "neuron", "window", "amnesic", "memory", "scaled", "terminal", "line", "shuffled", "named", "layer")
+ORDER = ("bptt", "cut", "full", "neuron", "window", "amnesic", "memory", "scaled", "terminal", "line", "shuffled", "swapped", "named", "layer")
 COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "named": "#9467bd", "dni": "#d62728",
            "restart": "0.35", "dni-restart": "#d62728", "alternating": "#1f77b4"}
 
@@ -233,14 +233,17 @@ def results(logs):
     """The text of results.md. logs: {name: rows}."""
     text = ["# Results\n\nWritten by `python experiments/report.py` out of `experiments/logs/`. ± is the standard deviation over seeds.\n"]
 
-    def section(title, picture, body, rows, *names):
+    def section(title, body, rows, *names, picture=None):
         there = [name for name in names if logs[name]]
         text.append(f"\n## {title}\n")
-        text.append("\n".join([f"![{title}]({picture})\n", body(rows), *(made_by(study.LOGS / f"{name}.csv") for name in there)]) if there else "Not run yet.\n")
-    section("Is credit carried? `recall.py`", "recall.png", recall, logs["recall"], "recall")
-    section("Where does it matter? `truncation.py`", "truncation.png", truncation, logs["truncation"], "truncation")
+        text.append("\n".join([*([f"![{title}]({picture})\n"] if picture else []), body(rows), *(made_by(study.LOGS / f"{name}.csv") for name in there)])
+                    if there else "Not run yet.\n")
+    section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
+    section("Is it credit for the symbol? `recall.py --study pairs`", recall, logs["recall-pairs"], "recall-pairs")
+    section("Where nothing else is to be learned: `recall.py --study answers`", recall, logs["recall-answers"], "recall-answers")
+    section("Where does it matter? `truncation.py`", truncation, logs["truncation"], "truncation", picture="truncation.png")
     reproduced = {scale: [row for name in names for row in logs[name]] for scale, names in REPRODUCED.items()}
-    section("The paper's tables. `reproduce.py`", "curves.png", reproduce, reproduced, *(name for names in REPRODUCED.values() for name in names))
+    section("The paper's tables. `reproduce.py`", reproduce, reproduced, *(name for names in REPRODUCED.values() for name in names), picture="curves.png")
     text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): neuron-wise "
                 f"{train.parameters(NeuronDNI()):,} parameters, layer-wise {train.parameters(LayerDNI([1550] * 3 + [400])):,}.\n")
     return "\n".join(text)
