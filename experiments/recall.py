@@ -108,7 +108,7 @@ class Memory(NeuronDNI):
     def forward(self, state, memory=None):
         if not torch.is_grad_enabled():
             return super().forward(state, memory)
-        self.past = [*self.past, (state, memory)][-self.borders:]
+        self.past = [*(self.past if memory else ()), (state, memory)][-self.borders:]
         memory = self.past[0][1]
         for earlier, _ in self.past:
             predicted, memory = super().forward(earlier, memory)
@@ -186,6 +186,15 @@ def full_step(model, optimizer, chunks, state):
     return train.cut(new_state)
 
 
+def full_steps(model, optimizer, inputs, targets, borders):
+    """An update for each chunk of (L, B) streams, its loss backpropagated through the `borders` chunks before it too; yields after each."""
+    recent, state = [], None
+    for chunk in zip(inputs.split(T), targets.split(T)):
+        recent = [*recent, (chunk, state)][-borders - 1:]
+        state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1])
+        yield
+
+
 def episodes(borders, seed, streams, steps, answers=False):
     """Inputs and targets, (steps, streams) each, of the language with that many borders between symbol and query.
 
@@ -208,25 +217,30 @@ def test(model, inputs, targets):
     return accuracy.item(), math.exp(-log_p[counted].gather(-1, targets[counted][:, None]).mean())
 
 
-def truth(model, g, inputs, targets, alpha=1.0):
-    """Agreement of g's predictions, in the middle half of the text, with the gradient of all loss to come, alpha a border."""
-    state, memory, loss, borders = None, None, 0.0, []
+def future_gradients(model, inputs, targets, alpha=1.0):
+    """[(c, gradient)] of the borders of a text, each a list of (B, H): the gradient of all loss to come, with a factor alpha a border."""
+    state, loss, borders = None, 0.0, []
     for start in range(0, len(inputs), T):
         x, y = inputs[start:start + T], targets[start:start + T]
         if state:
             state = [(alpha * c + (1 - alpha) * c.detach(), x_prev) for c, x_prev in state]       # the same value
-            c = train.border(state)
-            for c_l in c:
-                c_l.retain_grad()
-            with torch.no_grad():
-                predicted, memory = g(c, memory)
-            borders.append((predicted, c))
+            borders.append(train.border(state))
+            for c in borders[-1]:
+                c.retain_grad()
         nll, _, state = model.loss(x, y, state)
         loss = loss + nll * x.numel()                                   # summed, each stream its own
     loss.backward()
-    agreement = Agreement()
-    for predicted, c in borders[len(borders) // 4:len(borders) * 3 // 4]:
-        agreement.update(predicted, [c_l.grad for c_l in c])
+    return [([c.detach() for c in border], [c.grad for c in border]) for border in borders]
+
+
+def truth(model, g, inputs, targets, alpha=1.0):
+    """Agreement of g's predictions, in the middle half of the text, with the gradient of all loss to come, alpha a border."""
+    borders, memory, agreement = future_gradients(model, inputs, targets, alpha), None, Agreement()
+    for k, (c, gradient) in enumerate(borders):
+        with torch.no_grad():
+            predicted, memory = g(c, memory)
+        if len(borders) // 4 <= k < len(borders) * 3 // 4:
+            agreement.update(predicted, gradient)
     return agreement.result()
 
 
@@ -239,20 +253,19 @@ def one(case, updates, every, which):
     inputs, targets = episodes(borders, seed, streams, updates * T, answers)
     test_text = episodes(borders, seed + 1000, 4 * (borders * T + 2), 24 * T, answers)             # each phase 4 times
     floor = 1.0 if answers else recall(borders * T - 1, SYMBOLS, FILLERS, 10).facts["perplexity floor"]
-    vocabulary = SYMBOLS + FILLERS + 1
-    interface = train.build(s, vocabulary, "cpu")[2]
+    interface = train.build(s, QUERY + 1, "cpu")[2]
     if special:
         g = special(s.dni_hidden)
         interface = train.Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr), Agreement())
     torch.manual_seed(seed)
-    model = Reader(vocabulary)
+    model = Reader(QUERY + 1)
     optimizer = torch.optim.Adam(model.parameters(), s.lr)
-    rows, state, memory, started, recent, squares = [], None, None, time.monotonic(), [], 0.0
+    full = full_steps(model, optimizer, inputs, targets, borders)
+    rows, state, memory, started, squares = [], None, None, time.monotonic(), 0.0
     for k in range(updates):
         chunk = inputs[k * T:(k + 1) * T], targets[k * T:(k + 1) * T]
         if arm == "full":
-            recent = [*recent, (chunk, state)][-borders - 1:]
-            state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1])
+            next(full)
         else:
             ends = arm in ("terminal", "cut") and (k + 1) % 20 == 0
             if arm == "terminal":
