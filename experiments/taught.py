@@ -1,6 +1,6 @@
 """Could g know the gradient at all? Each g is taught the true gradients of a model that carries the symbol.
 
-    python experiments/taught.py            recall, one to three borders, ten seeds; resumable
+    python experiments/taught.py            recall, one to three borders, five seeds; resumable
 
 In recall.py g learns from its own word, about a model that needs g to learn. Here it has neither trouble: a model is trained by
 BPTT through all borders (arm `full` of recall.py), its weights are frozen, and each g is regressed on the true gradients of
@@ -57,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description="How much of the true gradient can each interface know?")
     parser.add_argument("--losses", nargs="+", choices=("all", "answers"), default=("all", "answers"))
     parser.add_argument("--borders", nargs="+", type=int, default=(1, 2, 3))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [%(default)s]")
     a = parser.parse_args()
     cases = [dict(loss=loss, borders=b, seed=seed) for seed in range(a.seeds) for b in a.borders for loss in a.losses]
