@@ -1454,6 +1454,17 @@ def test_a_terminal_target_of_zero_injects_nothing(studies):
     assert (weights[False, True] - weights[False, False]).abs().max() > 1e-5
 
 
+def test_what_can_be_known_is_learned(studies, monkeypatch):
+    """taught.py, where the gradient is c^2 instead: the neuron-wise g knows it before it is shown, g(c) = w c does not."""
+    recall, taught = studies("recall"), studies("taught")
+    monkeypatch.setattr(recall, "future_gradients", lambda model, x, y: [([c], [c * c]) for c in torch.randn(12, 8, recall.NEURONS)])
+    monkeypatch.setattr(taught, "KINDS", {name: taught.KINDS[name] for name in ("line", "neuron")})
+    rows = {row["arm"]: row for row in taught.one(dict(loss="all", borders=1, seed=0), updates=2, texts=40)}
+    assert abs(rows["line"]["cosine"]) < 0.1 and rows["neuron"]["r2"] > 0.9
+    assert "| neuron-wise DNI | {r2:.2f}, {cosine:.2f} |".format(**rows["neuron"]) in studies("report").taught(
+        [{name: str(value) for name, value in row.items()} for row in rows.values()])
+
+
 def test_a_study_goes_on_and_reports(studies, tmp_path):
     """A study runs each case once, whatever it is called for again, and its report is made of its log."""
     log = tmp_path / "recall.csv"
@@ -1497,7 +1508,7 @@ def test_the_tables_say_what_a_hand_would(studies):
     assert "| truncated BPTT | 62.78 | 10.00 ± 1.41, 2 seeds, rate 0.2 | 7.00 (one seed), rate 0.1 |" in text
     assert "| neuron-wise DNI | not to hand | 8.00 ± 2.83, 2 seeds, rate 0.1 | not run at this scale |" in text
     assert "| ptb | neuron-wise DNI less truncated BPTT | 2 | -2.00 ± 1.41 |" in text
-    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 5
+    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 6
 
 
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])

@@ -16,7 +16,7 @@ from dni import LayerDNI, NeuronDNI
 
 OUT = study.ROOT / "experiments"
 REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
-LOGS = ("recall", "recall-pairs", "recall-answers", "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
+LOGS = ("recall", "recall-pairs", "recall-answers", "taught", "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT", "cut": "truncated BPTT, short texts", "dni": "neuron-wise DNI", "restart": "BPTT with restart", "dni-restart": "DNI with restart",
@@ -99,6 +99,21 @@ def recall(rows):
             + "\nDoes g learn? Its predictions against the true future gradient, against the same with a factor α a border (own: the best its targets "
               "can come to), and against its bootstrapped targets in training; means over the tests of a run, medians over seeds.\n\n"
             + table(["arm", "α"] + [f"{b}: {h}" for b in borders for h in ("cosine, true", "cosine, own", "cosine, target", "R², target")], agreement))
+
+
+def taught(rows):
+    """R² and cosine of each interface with the true gradient, medians over seeds."""
+    columns = list(groups(rows, "loss", "borders"))
+    lines = []
+    for arm in sorted({row["arm"] for row in rows}, key=ORDER.index):
+        mine = [[row for row in rows if (row["arm"], row["loss"], row["borders"]) == (arm, *column)] for column in columns]
+        lines.append([NAMES[arm], *(f"{statistics.median(numbers(those, 'r2')):.2f}, {statistics.median(numbers(those, 'cosine')):.2f}" for those in mine)])
+    answers = [[row for row in rows if (row["loss"], row["borders"]) == column] for column in columns]
+    lines.append(["accuracy of the model", *(f"{statistics.median(numbers(those, 'accuracy')):.2f}" for those in answers)])
+    return ("A model trained with full credit, frozen; each interface taught its true gradients. R² and cosine of predictions made before learning "
+            "from them, medians over the seeds.\n\n"
+            + table(["interface", *(f"{loss}, {b} border{'s' * (b > '1')}" for loss, b in columns)], lines)
+            + f"\n{len({row['seed'] for row in rows})} seeds.\n")
 
 
 def truncation(rows):
@@ -241,6 +256,7 @@ def results(logs):
     section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
     section("Is it credit for the symbol? `recall.py --study pairs`", recall, logs["recall-pairs"], "recall-pairs")
     section("Where nothing else is to be learned: `recall.py --study answers`", recall, logs["recall-answers"], "recall-answers")
+    section("What could be known: `taught.py`", taught, logs["taught"], "taught")
     section("Where does it matter? `truncation.py`", truncation, logs["truncation"], "truncation", picture="truncation.png")
     reproduced = {scale: [row for name in names for row in logs[name]] for scale, names in REPRODUCED.items()}
     section("The paper's tables. `reproduce.py`", reproduce, reproduced, *(name for names in REPRODUCED.values() for name in names), picture="curves.png")
