@@ -1459,7 +1459,7 @@ def test_what_can_be_known_is_learned(studies, monkeypatch):
     recall, taught = studies("recall"), studies("taught")
     monkeypatch.setattr(recall, "future_gradients", lambda model, x, y: [([c], [c * c]) for c in torch.randn(12, 8, recall.NEURONS)])
     monkeypatch.setattr(taught, "KINDS", {name: taught.KINDS[name] for name in ("line", "neuron")})
-    rows = {row["arm"]: row for row in taught.one(dict(loss="all", borders=1, seed=0), updates=2, texts=40)}
+    rows = {row["arm"]: row for row in taught.one(dict(loss="all", updates=2, borders=1, seed=0), texts=40)}
     assert abs(rows["line"]["cosine"]) < 0.1 and rows["neuron"]["r2"] > 0.9
     assert "| neuron-wise DNI | {r2:.2f}, {cosine:.2f} |".format(**rows["neuron"]) in studies("report").taught(
         [{name: str(value) for name, value in row.items()} for row in rows.values()])

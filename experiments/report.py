@@ -25,7 +25,7 @@ NAMES = {"bptt": "truncated BPTT", "cut": "truncated BPTT, short texts", "dni": 
          "shuffled": "neuron-wise, predictions shuffled among streams", "swapped": "neuron-wise, predictions swapped between streams at the same place", "line": "neuron-wise, g(c) = w c",
          "amnesic": "neuron-wise, h_g zero at every border", "memory": "neuron-wise, h_g learned over 4 borders", "named": "neuron-wise, each neuron named", "terminal": "neuron-wise, zero at the end of short texts"}
 ORDER = ("bptt", "cut", "full", "neuron", "window", "amnesic", "memory", "scaled", "terminal", "line", "shuffled", "swapped", "named", "layer")
-COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "named": "#9467bd", "dni": "#d62728",
+COLOURS = {"bptt": "0.35", "full": "#2ca02c", "neuron": "#d62728", "layer": "#1f77b4", "dni": "#d62728",
            "restart": "0.35", "dni-restart": "#d62728", "alternating": "#1f77b4"}
 
 
@@ -103,16 +103,16 @@ def recall(rows):
 
 def taught(rows):
     """R² and cosine of each interface with the true gradient, medians over seeds."""
-    columns = list(groups(rows, "loss", "borders"))
+    columns = sorted(groups(rows, "loss", "updates", "borders"), key=lambda column: (column[0] == "all", *map(int, column[1:])))
     lines = []
     for arm in sorted({row["arm"] for row in rows}, key=ORDER.index):
-        mine = [[row for row in rows if (row["arm"], row["loss"], row["borders"]) == (arm, *column)] for column in columns]
+        mine = [[row for row in rows if (row["arm"], row["loss"], row["updates"], row["borders"]) == (arm, *column)] for column in columns]
         lines.append([NAMES[arm], *(f"{statistics.median(numbers(those, 'r2')):.2f}, {statistics.median(numbers(those, 'cosine')):.2f}" for those in mine)])
-    answers = [[row for row in rows if (row["loss"], row["borders"]) == column] for column in columns]
+    answers = [[row for row in rows if (row["loss"], row["updates"], row["borders"]) == column] for column in columns]
     lines.append(["accuracy of the model", *(f"{statistics.median(numbers(those, 'accuracy')):.2f}" for those in answers)])
     return ("A model trained with full credit, frozen; each interface taught its true gradients. R² and cosine of predictions made before learning "
             "from them, medians over the seeds.\n\n"
-            + table(["interface", *(f"{loss}, {b} border{'s' * (b > '1')}" for loss, b in columns)], lines)
+            + table(["interface", *(f"{loss}, {updates} updates, {b} border{'s' * (b > '1')}" for loss, updates, b in columns)], lines)
             + f"\n{len({row['seed'] for row in rows})} seeds.\n")
 
 
@@ -176,22 +176,26 @@ def reproduce(logs):
 
 # --------------------------------------------------------------------------------------------------------------- figures
 
-def figure_recall(plt, rows):
-    borders = sorted({row["borders"] for row in rows})
-    figure, axes = plt.subplots(1, len(borders), figsize=(4 * len(borders), 3.5), sharey=True, squeeze=False)
-    for axis, b in zip(axes[0], borders):
-        for (arm, alpha), mine in groups([row for row in rows if row["borders"] == b], "arm", "alpha").items():
-            if alpha not in ("", "0.9") or arm not in ("bptt", "full", "neuron", "layer", "named"):
-                continue
-            steps = groups(mine, "updates")
-            low, middle, high = zip(*(quartiles(numbers(step, "accuracy")) for step in steps.values()))
-            updates = [int(u) for u, in steps]
-            axis.plot(updates, middle, color=COLOURS[arm], label=NAMES[arm])
-            axis.fill_between(updates, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
-        axis.axhline(0.25, color="0.7", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{b} border{'s' * (b > '1')} between symbol and answer", xlabel="updates")
-    axes[0][0].set_ylabel("accuracy of the answer")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+def figure_recall(plt, studies):
+    """A row of panels for each study, (what its loss counts, its rows); a panel for each number of borders."""
+    borders = sorted({row["borders"] for _, rows in studies for row in rows})
+    figure, axes = plt.subplots(len(studies), len(borders), figsize=(4 * len(borders), 0.6 + 2.6 * len(studies)), sharex=True, sharey=True, squeeze=False)
+    for (counts, rows), line in zip(studies, axes):
+        line[0].set_ylabel(f"{counts}\naccuracy of the answer")
+        for axis, b in zip(line, borders):
+            for (arm, alpha), mine in groups([row for row in rows if row["borders"] == b], "arm", "alpha").items():
+                if alpha not in ("", "0.9") or arm not in ("bptt", "full", "neuron", "layer"):
+                    continue
+                steps = groups(mine, "updates")
+                low, middle, high = zip(*(quartiles(numbers(step, "accuracy")) for step in steps.values()))
+                updates = [int(u) for u, in steps]
+                axis.plot(updates, middle, color=COLOURS[arm], label=NAMES[arm])
+                axis.fill_between(updates, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+            axis.axhline(0.25, color="0.7", linewidth=0.8, linestyle=":")
+    for top, bottom, b in zip(axes[0], axes[-1], borders):
+        top.set_title(f"{b} border{'s' * (b > '1')} between symbol and answer")
+        bottom.set_xlabel("updates")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -275,7 +279,8 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
-    for name, draw, rows in (("recall", figure_recall, logs["recall"]), ("truncation", figure_truncation, logs["truncation"]),
+    studies = [(counts, logs[name]) for counts, name in (("every word counts", "recall"), ("answers alone count", "recall-answers")) if logs[name]]
+    for name, draw, rows in (("recall", figure_recall, studies), ("truncation", figure_truncation, logs["truncation"]),
                              ("curves", figure_curves, logs["reproduce-small-ptb"])):
         if rows:
             figure = draw(plt, rows)
