@@ -1,6 +1,6 @@
 """Is credit carried across a border? The language `recall`, its delay longer than a chunk, so that truncation cuts every link.
 
-    python experiments/recall.py                                        everything, about an hour on two cores; resumable
+    python experiments/recall.py                                        everything, some two hours on two cores; resumable
     python experiments/recall.py --seeds 1 --arms bptt full             a first look
     python experiments/recall.py --study pairs                          every stream with another at the same place of its episode
     python experiments/recall.py --study answers                        such streams, the loss counted at the answers alone

@@ -8,9 +8,9 @@ the states that the model passes through. What is left is the question what ther
 gradient follows from what this g sees? A model that cannot say the symbol yet has none of this to offer.
 
 Streams in pairs, loss of all words or of the answers alone (see recall.py), the model after 200 or 800 updates. After 200 it has just learned
-the answers; later its gradients come to be rare spikes, that no interface foresees, and R^2 is of little meaning. g learns from texts of 24 chunks, from each border up to
-three quarters of the text, and so from gradients of six chunks to come or more, in units of their root mean square; cosine and R^2 are
-those of predictions made before learning, in the middle half of the texts of the last quarter.
+the answers; later its gradients come to be rare spikes that no interface foresees, and R^2 means little. g learns from texts of 24 chunks, at
+the borders of their first three quarters, and so from gradients of six chunks to come or more, in units of their root mean square; cosine
+and R^2 are those of predictions made before learning from the target, in the middle half of each of the last ten texts.
 """
 
 import argparse
