@@ -1438,6 +1438,24 @@ def test_each_change_of_recall_changes_one_thing(studies):
         close(its, weight)
 
 
+def test_truncated_credit_never_reaches_a_symbol(studies):
+    """With the answers alone counted, no gradient within a chunk reaches the embedding of a symbol; one synthetic gradient does."""
+    recall = studies("recall")
+    for b in (1, 2, 3):
+        inputs, targets = recall.episodes(b, 0, 2 * (b * recall.T + 2), 6 * recall.T, answers=True)
+        model, state, reached = recall.Reader(13), None, 0
+        for x, y in zip(inputs.split(recall.T), targets.split(recall.T)):
+            model.zero_grad()
+            loss, _, new_state = model.loss(x, y, state)
+            loss.backward(retain_graph=True)
+            gradient = model.embedding.weight.grad
+            assert gradient[:recall.SYMBOLS].count_nonzero() == 0 and gradient[recall.SYMBOLS:].count_nonzero() > 0
+            inject(0 * loss, [c for c, _ in new_state], [torch.ones_like(c) for c, _ in new_state], 1.0)
+            reached += model.embedding.weight.grad[:recall.SYMBOLS].count_nonzero()
+            state = train.cut(new_state)
+        assert reached > 0
+
+
 def test_a_terminal_target_of_zero_injects_nothing(studies):
     """Arm `terminal` of recall.py: the step that ends a text is the step with real gradients, and no other step is."""
     recall = studies("recall")

@@ -129,16 +129,16 @@ class Shuffled(NeuronDNI):
     def forward(self, state, memory=None):
         predicted, memory = super().forward(state, memory)
         if not torch.is_grad_enabled():                                 # to be injected, not to be learned from
-            predicted = [p[torch.randperm(len(p))] for p in predicted]
+            predicted = [self.exchange(p) for p in predicted]           # (B, H) each
         return predicted, memory
 
+    def exchange(self, p):
+        return p[torch.randperm(len(p))]
 
-class Swapped(NeuronDNI):
-    def forward(self, state, memory=None):
-        predicted, memory = super().forward(state, memory)
-        if not torch.is_grad_enabled():                                 # to be injected, not to be learned from
-            predicted = [p.roll(len(p) // 2, 0) for p in predicted]
-        return predicted, memory
+
+class Swapped(Shuffled):
+    def exchange(self, p):
+        return p.roll(len(p) // 2, 0)                                   # stream i of B = 2 episodes is at the place of stream i + B / 2
 
 
 class Line(nn.Module):

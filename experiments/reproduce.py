@@ -28,6 +28,7 @@ def e_base(scale, data):
 
 
 def size(scale, data):
+    """Options of train.py that all methods share."""
     if scale == "paper":
         return ["--preset", "paper"]
     return ["--embedding-size", 128, "--hidden-size", 256, "--epochs", EPOCHS[data], "--dni-warmup", e_base(scale, data), *study.UNREGULARISED]

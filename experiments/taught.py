@@ -27,6 +27,7 @@ CHUNKS = 24
 
 
 def one(case, texts=40):
+    """A row for each interface: the agreement of delta^ = g(c, h_g) with delta = dL/dc, L the loss of the rest of the text."""
     answers, borders, seed = case["loss"] == "answers", case["borders"], case["seed"]
     streams, read = 2 * (borders * recall.T + 2), case["updates"] * recall.T
     inputs, targets = recall.episodes(borders, seed, streams, read + texts * CHUNKS * recall.T, answers)
@@ -43,7 +44,7 @@ def one(case, texts=40):
         unit = unit or torch.cat([gradient for _, (gradient,) in passed]).square().mean().sqrt()
         for name, g in gs.items():
             memory = None
-            for k, (c, gradient) in enumerate(passed[:len(passed) * 3 // 4]):
+            for k, (c, gradient) in enumerate(passed[:len(passed) * 3 // 4]):                      # a list of one (B, H) each
                 predicted, memory = g(c, memory)
                 memory = memory and tuple(m.detach() for m in memory)
                 target = [d / unit for d in gradient]
