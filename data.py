@@ -74,8 +74,8 @@ class Corpus:
     def fingerprint(self):
         """A short hash of the vocabulary and all tokens: the same for the same corpus, and for no other."""
         digest = hashlib.sha256("\n".join(self.vocabulary).encode())
-        for split in SPLITS:
-            digest.update(getattr(self, split).numpy().tobytes())
+        for tokens in (getattr(self, split) for split in SPLITS):
+            digest.update(f"\n{len(tokens)}\n".encode() + tokens.numpy().tobytes())               # the length says where a split ends
         return digest.hexdigest()[:16]
 
 

@@ -48,11 +48,12 @@ class NeuronDNI(nn.Module):
     hidden_size: 50. window, zoneout: of g's QRNN layer. noise: g sees s * (1 + noise * N(0, 1)) while in training mode.
     last_layer: bound b of the last layer's U(-b, b); 0 makes the first synthetic gradients exactly zero, after DNI.
     compile: use the `Compiled` form (qrnn.py) of the same code.
+    generator: of noise and zoneout, on the device of the states; None for torch's own, which the model draws from too.
     """
 
-    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0, compile=False):
+    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0, compile=False, generator=None):
         super().__init__()
-        self.noise = noise
+        self.noise, self.generator = noise, generator
         self.encode = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
         self.rnn = QRNNLayer(hidden_size, hidden_size, window, zoneout=zoneout)
         self.decode = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
@@ -66,8 +67,8 @@ class NeuronDNI(nn.Module):
         """
         s = torch.cat(state, 1).flatten()[:, None]                      # (N, 1), one stream after the other
         if self.noise and self.training:
-            s = s * (1 + self.noise * torch.randn_like(s))
-        masks = self.rnn.draw(s[None])
+            s = s * (1 + self.noise * normal_like(s, self.generator))
+        masks = self.rnn.draw(s[None], self.generator)
         d, memory = self.fast(s, self.rnn.zero_state(s[None]) if memory is None else memory, masks)
         return list(d.view(len(state[0]), -1).split([c.shape[1] for c in state], 1)), memory
 
@@ -82,12 +83,12 @@ class LayerDNI(nn.Module):
     """The layer-wise interface of DNI, section 2.1, as the control: from the whole state of a layer to its whole gradient.
 
     One MLP H_l -> 50 -> 50 -> H_l a layer; streams are the batch; no memory. sizes: H_l of each layer.
-    Knows which neuron is which, and pays for it in parameters: about 100 H_l a layer.
+    Knows which neuron is which, and pays for it in parameters: about 100 H_l a layer. The rest is as in NeuronDNI.
     """
 
-    def __init__(self, sizes, hidden_size=50, noise=0.0, last_layer=0.0):
+    def __init__(self, sizes, hidden_size=50, noise=0.0, last_layer=0.0, generator=None):
         super().__init__()
-        self.noise = noise
+        self.noise, self.generator = noise, generator
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(h, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, h)) for h in sizes)
@@ -97,8 +98,13 @@ class LayerDNI(nn.Module):
     def forward(self, state, memory=None):
         """As NeuronDNI.forward; the memory stays None."""
         if self.noise and self.training:
-            state = [c * (1 + self.noise * torch.randn_like(c)) for c in state]
+            state = [c * (1 + self.noise * normal_like(c, self.generator)) for c in state]
         return [mlp(c).to(c.dtype) for mlp, c in zip(self.mlps, state, strict=True)], None
+
+
+def normal_like(x, generator):
+    """Random numbers from N(0, 1) in the shape, type and place of x."""
+    return torch.empty_like(x).normal_(generator=generator)
 
 
 def start_last_layer(linear, bound):

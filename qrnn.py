@@ -148,11 +148,17 @@ def pool(f, z, c0):
 
 # -------------------------------------------------------------------------------------------------------------- layers
 
-def toss(shape, p, device):
-    """A mask of `shape`, True with probability p in (0, 1], to 16 bits; on a CPU much faster than Tensor.bernoulli_."""
-    n = math.prod(shape)
-    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-2 ** 63, None)       # 64 random bits each
-    return bits.view(torch.int16)[:n].view(shape) <= round(p * 2 ** 16) - 2 ** 15 - 1
+def toss(shape, p, device, generator=None):
+    """A mask of `shape`, True with probability p in [0, 1]; on a CPU much faster than Tensor.bernoulli_.
+
+    p is rounded to a multiple of 2^-16: below 2^-17 the mask is all False. generator: of the random bits, or None for torch's own.
+    """
+    share, n = round(p * 2 ** 16), math.prod(shape)                     # of the 2^16 values of 16 bits, so many are True
+    if share == 0:
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device)
+    bits.random_(-2 ** 63, None, generator=generator)                   # 64 random bits each
+    return bits.view(torch.int16)[:n].view(shape) <= share - 2 ** 15 - 1
 
 
 class QRNNLayer(nn.Module):
@@ -184,13 +190,16 @@ class QRNNLayer(nn.Module):
         """The state before the first step of x (T, B, I): nothing remembered, nothing read."""
         return x.new_zeros(x.shape[1], self.hidden_size), x.new_zeros(self.window - 1, x.shape[1], self.input_size)
 
-    def draw(self, x):
-        """The random masks of one call on x (T, B, I): (weights to use (3H, kI), steps to skip (T, B, H)); None: no mask."""
+    def draw(self, x, generator=None):
+        """The random masks of one call on x (T, B, I): (weights to use (3H, kI), steps to skip (T, B, H)); None: no mask.
+
+        generator: of the random numbers, or None for torch's own.
+        """
         use = skip = None
         if self.training and self.weight_dropout:
-            use = toss(self.weight.shape, 1 - self.weight_dropout, x.device)
+            use = toss(self.weight.shape, 1 - self.weight_dropout, x.device, generator)
         if self.training and self.zoneout:
-            skip = toss((*x.shape[:2], self.hidden_size), self.zoneout, x.device)
+            skip = toss((*x.shape[:2], self.hidden_size), self.zoneout, x.device, generator)
         return use, skip
 
     def forward(self, x, state=None, masks=None):
@@ -235,10 +244,14 @@ class Compiled:
     """`function`, by torch.compile: its elementwise parts fused, forward and backward, once for all lengths T and streams B.
 
     Where that does not work (no C++ compiler, say) it warns, in one line, and is the plain function from then on.
+    copy.deepcopy and pickle make a new one, for the same function; of a module's method, for that of the module's copy.
     """
 
     def __init__(self, function):
         self.function, self.fast = function, torch.compile(function, dynamic=True)
+
+    def __reduce__(self):
+        return Compiled, (self.function,)
 
     def __call__(self, *arguments):
         if self.fast:
@@ -304,19 +317,25 @@ class QRNN(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ language model
 
+IGNORED = -100                                                          # a target that is not counted, as in F.cross_entropy
+
+
 def softmax_and_gradient(logits, bias, y):
     """Of n rows of logits (n, V) without their bias (V,), and targets y (n,): the summed nll and its gradient (n, V).
 
     With l_i = logits_i + bias, nll = sum_i(logsumexp(l_i) - l_i[y_i]) and dnll/dl_i = softmax(l_i) - onehot(y_i).
+    A row whose target is IGNORED counts for nothing: its nll and its gradient are zero.
     """
     l = logits.to(bias.dtype) + bias                                                               # (n, V)
+    counted = (y != IGNORED)[:, None].to(l.dtype)                                                  # (n, 1), 1 or 0
+    y = y.masked_fill(y == IGNORED, 0)
     top = l.amax(-1, keepdim=True)
     exp = (l - top).exp()
     total = exp.sum(-1, keepdim=True)                                                              # (n, 1)
     log_p_y = l.gather(1, y[:, None]) - top - total.log()
-    gradient = (exp * (1 / total)).to(logits.dtype)
-    gradient[torch.arange(len(y), device=y.device), y] = (log_p_y.exp() - 1).to(logits.dtype)[:, 0]
-    return -log_p_y.sum(), gradient
+    gradient = (exp * (counted / total)).to(logits.dtype)
+    gradient[torch.arange(len(y), device=y.device), y] = (counted * (log_p_y.exp() - 1)).to(logits.dtype)[:, 0]
+    return -(counted * log_p_y).sum(), gradient
 
 
 class DecoderLoss(torch.autograd.Function):
@@ -337,30 +356,34 @@ class DecoderLoss(torch.autograd.Function):
         for block in (slice(i, i + rows) for i in range(0, len(x), rows)):
             logits, y = x16[block] @ weight16.t(), target[block].clone()                           # (rows, V), (rows,)
             if not softmax:
-                nll += F.cross_entropy(logits.to(x.dtype) + bias, y, reduction="sum")
+                nll += F.cross_entropy(logits.to(x.dtype) + bias, y, ignore_index=IGNORED, reduction="sum")
                 continue
             block_nll, dl = softmax(logits, bias, y)
             nll += block_nll
             dx[block] = dl @ weight16
             dw += dl.t() @ x16[block]
             db += dl.sum(0)
-        ctx.save_for_backward(dx, dw, db)
-        return nll / len(x)
+        counted = (target != IGNORED).sum()
+        ctx.save_for_backward(dx, dw, db, counted)
+        return nll / counted
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dx, dw, db = ctx.saved_tensors
-        grad = grad / len(dx)
+        dx, dw, db, counted = ctx.saved_tensors
+        grad = grad / counted
         return dx * grad, dw * grad, db * grad, None, None
 
 
 def decoder_loss(x, weight, bias, target, softmax=softmax_and_gradient):
     """F.cross_entropy(F.linear(x, weight, bias), target) in nats, without the logits of all rows at once.
 
-    x: (n, E), weight: (V, E), bias: (V,), target: (n,) of int64. A scalar. First derivatives only.
+    x: (n, E), weight: (V, E), bias: (V,), target: (n,) of int64; a target of -100 is not counted, as in F.cross_entropy.
+    A scalar. First derivatives only. Raises ValueError where x and target differ in length.
     softmax: `softmax_and_gradient`, or its `Compiled` form.
     """
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"expected a target for each of {len(x)} rows, got a target of shape {tuple(target.shape)}")
     return DecoderLoss.apply(x, weight, bias, target, softmax if torch.is_grad_enabled() else None)
 
 

@@ -20,6 +20,7 @@ Not here: momentum schedules, warm-up, averaging of the weights at the end of a 
 Run `python sgdr.py` to see the schedule of the paper.
 """
 
+import bisect
 import math
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
     restarts: epochs at which to restart instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors' code's;
         after the last of them come runs as long as the last.
+    A moment within rounding of a restart is the restart: epoch 0.3 for base 0.1, whose run 2 begins at 0.1 + 0.2 = 0.30000000000000004.
     Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
     """
     if epoch < 0 or base <= 0 or mult < 1:
@@ -47,12 +49,21 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     borders = [0, *restarts]
     if any(later <= earlier for earlier, later in zip(borders, borders[1:])):
         raise ValueError(f"restarts must rise from above 0, got {tuple(restarts)}")
-    given = [later - earlier for earlier, later in zip(borders, borders[1:])]
-    i, start, length = 0, 0, given[0] if given else base
-    while epoch >= start + length:
-        start, i = start + length, i + 1
-        length = per_run(given, i) if given else length * mult
-    return Run(i, epoch - start, length)
+    if restarts:
+        n, last = len(restarts), borders[-1] - borders[-2]
+        start = lambda i: borders[i] if i <= n else borders[n] + (i - n) * last                    # noqa: E731
+        length = lambda i: borders[i + 1] - borders[i] if i < n else last                          # noqa: E731
+        i = bisect.bisect(restarts, epoch) if epoch < borders[n] else n + int((epoch - borders[n]) / last)
+    else:                                                               # base (1 + mult + .. + mult^{i-1}) is a geometric sum
+        start = lambda i: i * base if mult == 1 else base * (mult ** i - 1) / (mult - 1)           # noqa: E731
+        length = lambda i: base * mult ** i                                                        # noqa: E731
+        i = int(epoch / base if mult == 1 else math.log1p(epoch / base * (mult - 1)) / math.log1p(mult - 1))
+    reached = lambda i: start(i) <= epoch or math.isclose(start(i), epoch, rel_tol=1e-12)          # noqa: E731
+    while not reached(i):                                               # the formulas for i are rounded: one off, at times
+        i -= 1
+    while reached(i + 1):
+        i += 1
+    return Run(i, max(epoch - start(i), 0), length(i))
 
 
 class SGDR(LRScheduler):
@@ -64,7 +75,8 @@ class SGDR(LRScheduler):
     fractional: False uses the whole epochs in E_cur, so that the rate moves only between epochs (the authors' code).
 
     step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each batch. With
-    one rate for all runs the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit.
+    one rate for all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
+    last bit. (For mult 3, and late, PyTorch's logarithm rounds a restart into the run before it: epoch 121 of base 1.)
     `scheduler.run` is the Run of the last step: the alternation of real and synthetic gradients reads run.run.
     """
 
@@ -112,4 +124,4 @@ if __name__ == "__main__":
         schedule.step(epoch)
         (i, elapsed, length), [eta] = schedule.run, schedule.get_last_lr()
         gradient = "synthetic" if i % 2 else "real"
-        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2d} of {length:2d} epochs  {eta:.6f}  {'#' * round(eta * 5e4)}")
+        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  {'#' * round(eta * 5e4)}")

@@ -65,79 +65,112 @@ from sgdr import SGDR, per_run
 # ----------------------------------------------------------------------------------------------------------- settings
 
 
-def setting(default, text, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def setting(default, text, valid=None, where=None, choices=None, may_change=False):
+    """A field of Settings. valid: which values can be; where: in which settings it has an effect, else everywhere; both as
+    (test, words). may_change: whether a resumed run may have another value."""
+    return dataclasses.field(default=default, metadata=dict(help=text, valid=valid, where=where, choices=choices, may_change=may_change))
+
+
+AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "0 or more")
+POSITIVE = (lambda x: 0 < x < math.inf, "above 0")
+PROBABILITY = (lambda x: 0 <= x < 1, "in [0, 1)")
+RATES = (lambda xs: all(0 <= x < math.inf for x in xs), "0 or more")
+
+
+def uses_synthetic(s):
+    """Whether these settings need an interface at all."""
+    return s.mode in ("dni", "alternating") or (s.mode == "restart" and s.gradient == "synthetic")
+
+
+SGDR_MODES = ("restart", "alternating")
+IN_SGDR = (lambda s: s.mode in SGDR_MODES, "--mode restart or alternating")
+WITH_DNI = (uses_synthetic, "--mode dni, alternating, or restart --gradient synthetic")
+WITH_NEURON_DNI = (lambda s: uses_synthetic(s) and s.dni == "neuron", f"--dni neuron, in {WITH_DNI[1]}")
+IN_RECALL = (lambda s: s.data == "recall", "--data recall")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting, with its unit and source; the defaults are the preset `small`, sized for two CPU cores."""
-    mode: str = setting("alternating", "which gradients, which learning rate", ("bptt", "dni", "restart", "alternating"))
+    mode: str = setting("alternating", "which gradients, which learning rate", choices=("bptt", "dni", "restart", "alternating"))
     data: str = setting("pydoc", "corpus: pydoc, ptb, wt2, recall, or a folder with train.txt, valid.txt, test.txt")
-    gradient: str = setting("real", "gradients across borders in mode restart (paper, Table 2)", ("real", "synthetic"))
-    first: str = setting("real", "what run 0 of mode alternating is (2.1); authors' WT2 commands: synthetic", ("real", "synthetic"))
-    dni: str = setting("neuron", "interface: neuron-wise (2.2), or layer-wise (DNI) as a control", ("neuron", "layer"))
-    epochs: int = setting(15, "passes over the training text; the paper: 320")
-    seed: int = setting(42, "of all random numbers (authors' code)")
+    gradient: str = setting("real", "gradients across borders in mode restart (paper, Table 2)", choices=("real", "synthetic"),
+                            where=(lambda s: s.mode == "restart", "--mode restart"))
+    first: str = setting("real", "what run 0 of mode alternating is (2.1); authors' WT2 commands: synthetic", choices=("real", "synthetic"),
+                         where=(lambda s: s.mode == "alternating", "--mode alternating"))
+    dni: str = setting("neuron", "interface: neuron-wise (2.2), or layer-wise (DNI) as a control", where=WITH_DNI, choices=("neuron", "layer"))
+    epochs: int = setting(15, "passes over the training text; the paper: 320", AT_LEAST_1, may_change=True)
+    seed: int = setting(42, "of all random numbers (authors' code)", (lambda x: 0 <= x < 2 ** 63, "a whole number from 0 to 2^63 - 1"))
     # model
-    embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)")
-    hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)")
-    num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)")
-    window: int = setting(2, "words the first QRNN layer sees, the others see 1 (AWD's QRNN)")
-    dropout_output: float = setting(0.4, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.2)")
-    dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.2)")
-    dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.2)")
-    dropout_embedding: float = setting(0.0, "of whole words from the embedding; the paper: 0.1 (AWD 4.3)")
-    dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)")
-    zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)")
-    activation: float = setting(2.0, "weight of activation regularisation, alpha in AWD 4.6")
-    temporal: float = setting(1.0, "weight of temporal activation regularisation, beta in AWD 4.6")
+    embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)", AT_LEAST_1)
+    hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)", AT_LEAST_1)
+    num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)", AT_LEAST_1)
+    window: int = setting(2, "words the first QRNN layer sees, the others see 1 (AWD's QRNN)", AT_LEAST_1)
+    dropout_output: float = setting(0.4, "on the last layer's output, locked over time; the paper: 0.4 (AWD 4.2)", PROBABILITY)
+    dropout_hidden: float = setting(0.2, "between layers, locked; the paper: 0.3 on PTB, 0.2 on WT2 (AWD 4.2)", PROBABILITY)
+    dropout_input: float = setting(0.2, "on the embedded words, locked; the paper: 0.4 (AWD 4.2)", PROBABILITY)
+    dropout_embedding: float = setting(0.0, "of whole words from the embedding; the paper: 0.1 (AWD 4.3)", PROBABILITY)
+    dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)", PROBABILITY)
+    zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)", PROBABILITY)
+    activation: float = setting(2.0, "weight of activation regularisation, alpha in AWD 4.6", NOT_NEGATIVE)
+    temporal: float = setting(1.0, "weight of temporal activation regularisation, beta in AWD 4.6", NOT_NEGATIVE)
     # optimisation
-    lr: float = setting(3e-3, "Adam's learning rate; with restarts, the one each run begins with; the paper: 1e-3 (3)")
-    l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD's code)")
-    clip: float = setting(0.25, "largest norm of the model's gradient; the paper: 0.2 on PTB, 0.25 on WT2")
-    batch_size: int = setting(20, "B, parallel streams of training text (3)")
-    bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)")
+    lr: float = setting(3e-3, "Adam's learning rate; with restarts, the one each run begins with; the paper: 1e-3 (3)", POSITIVE,
+                        (lambda s: s.mode not in SGDR_MODES or not s.eta_max, "no --eta-max"))
+    l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD's code)", NOT_NEGATIVE)
+    clip: float = setting(0.25, "largest norm of the model's gradient; the paper: 0.2 on PTB, 0.25 on WT2", (lambda x: x > 0, "above 0"))
+    batch_size: int = setting(20, "B, parallel streams of training text (3)", AT_LEAST_1)
+    bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", AT_LEAST_1)
     jitter: bool = setting(False, "draw T from N(bptt, 5), with probability 0.05 N(bptt/2, 5), and scale the rate by T/bptt "
                                   "(AWD 4.1, authors' code); on in preset paper")
     # restarts
-    e_base: float = setting(1.0, "E_base, epochs of run 0; run i lasts 2^i times as long (2.1); the paper: 5")
-    restarts: tuple[float, ...] = setting((), "restart at these epochs instead; authors' code: 5 10 20 40 80 160 320")
-    eta_min: tuple[float, ...] = setting((0.0,), "learning rate at the end of a run, one for all runs or one a run (2.1)")
-    eta_max: tuple[float, ...] = setting((), "learning rate at its beginning, likewise; none: lr (2.1)")
-    sgdr_step: str = setting("batch", "E_cur moves with each batch, or each epoch (authors' code)", ("batch", "epoch"))
-    reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
+    e_base: float = setting(1.0, "E_base, epochs of run 0; run i lasts 2^i times as long (2.1); the paper: 5",
+                            (lambda x: 1e-6 <= x < math.inf, "at least 1e-6"),
+                            (lambda s: s.mode in SGDR_MODES and not s.restarts, f"{IN_SGDR[1]}, without --restarts"))
+    restarts: tuple[float, ...] = setting((), "restart at these epochs instead; authors' code: 5 10 20 40 80 160 320",
+                                          (lambda xs: all(a < b < math.inf for a, b in zip((0, *xs), xs)), "rising epochs above 0"), IN_SGDR)
+    eta_min: tuple[float, ...] = setting((0.0,), "learning rate at the end of a run, one for all runs or one a run (2.1)",
+                                         (lambda xs: xs and RATES[0](xs), "at least one number, 0 or more"), IN_SGDR)
+    eta_max: tuple[float, ...] = setting((), "learning rate at its beginning, likewise; none: lr (2.1)", RATES, IN_SGDR)
+    sgdr_step: str = setting("batch", "E_cur moves with each batch, or each epoch (authors' code)", where=IN_SGDR, choices=("batch", "epoch"))
+    reset_optimizer: bool = setting(False, "forget Adam's moments at a restart", where=IN_SGDR)
     # the interface
-    dni_alpha: float = setting(0.9, "alpha, factor on injected gradients; the paper's Eq. 1 has none: 1, authors' code: 0.1")
-    dni_hidden: int = setting(50, "neurons of g (2.2)")
-    dni_lr: float = setting(1e-3, "Adam's learning rate for g")
-    dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6")
-    dni_window: int = setting(1, "window of g's QRNN layer, neuron-wise only; authors' code: 2")
-    dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer, neuron-wise only; authors' code: 0.1")
-    dni_noise: float = setting(0.0, "standard deviation of multiplicative noise on g's input; authors' code: 0.5")
-    dni_last_layer: float = setting(0.0, "g's last layer starts in U(-b, b), 0 after DNI; authors' code: 0.1")
-    dni_warmup: float = setting(1.0, "epochs in which g learns before it is used, in modes dni and restart (authors' code)")
+    dni_alpha: float = setting(0.9, "alpha, factor on injected gradients; the paper's Eq. 1 has none: 1, authors' code: 0.1",
+                               NOT_NEGATIVE, WITH_DNI)
+    dni_hidden: int = setting(50, "neurons of g (2.2)", AT_LEAST_1, WITH_DNI)
+    dni_lr: float = setting(1e-3, "Adam's learning rate for g", POSITIVE, WITH_DNI)
+    dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6", NOT_NEGATIVE, WITH_DNI)
+    dni_window: int = setting(1, "window of g's QRNN layer, neuron-wise only; authors' code: 2", AT_LEAST_1, WITH_NEURON_DNI)
+    dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer, neuron-wise only; authors' code: 0.1", PROBABILITY, WITH_NEURON_DNI)
+    dni_noise: float = setting(0.0, "standard deviation of multiplicative noise on g's input; authors' code: 0.5", NOT_NEGATIVE, WITH_DNI)
+    dni_last_layer: float = setting(0.0, "g's last layer starts in U(-b, b), 0 after DNI; authors' code: 0.1", NOT_NEGATIVE, WITH_DNI)
+    dni_warmup: float = setting(1.0, "epochs in which g learns before it is used (authors' code)", NOT_NEGATIVE,
+                                (lambda s: uses_synthetic(s) and s.mode != "alternating", "--mode dni, or restart --gradient synthetic"))
     # evaluation and limits
-    valid_batch_size: int = setting(10, "streams of validation text (authors' code); the test text is one stream")
-    max_steps: int = setting(0, "stop after so many training steps, 0: never; to try a configuration out")
-    recall_delay: int = setting(80, "fillers between symbol and answer in the corpus recall; above bptt to cross a border")
-    recall_symbols: int = setting(4, "symbols of the corpus recall")
-    # machine; these may change when a run is resumed, and so may epochs and max_steps
-    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
+    valid_batch_size: int = setting(10, "streams of validation text (authors' code); the test text is one stream", AT_LEAST_1)
+    max_steps: int = setting(0, "stop after so many training steps, 0: never; to try a configuration out", NOT_NEGATIVE, may_change=True)
+    recall_delay: int = setting(80, "fillers between symbol and answer in the corpus recall; above bptt to cross a border", AT_LEAST_1, IN_RECALL)
+    recall_symbols: int = setting(4, "symbols of the corpus recall", AT_LEAST_1, IN_RECALL)
+    # machine
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), may_change=True)
     precision: str = setting("auto", "of matrix products; auto: bf16 where the processor multiplies it natively. State, "
-                                     "gates, loss and optimiser are float32 always; fp32 on a GPU is TF32", ("auto", "fp32", "bf16"))
-    checkpoint_every: float = setting(10.0, "minutes between checkpoints within an epoch, 0: after every step; there is one after each epoch")
-    compile: bool = setting(False, "torch.compile of model and g: the same numbers to rounding, faster after a minute of compiling")
-    data_dir: str = setting("", "folder of the PTB and WT2 files; default $QRNN_DATA, else corpora/, where they are downloaded")
+                                     "gates, loss and optimiser are float32 always; fp32 on a GPU is TF32",
+                             choices=("auto", "fp32", "bf16"), may_change=True)
+    checkpoint_every: float = setting(10.0, "minutes between checkpoints within an epoch, 0: after every step; there is one after each epoch",
+                                      NOT_NEGATIVE, may_change=True)
+    compile: bool = setting(False, "torch.compile of model and g: the same numbers to rounding, faster after a minute of compiling", may_change=True)
+    data_dir: str = setting("", "folder of the PTB and WT2 files; default $QRNN_DATA, else corpora/, where they are downloaded",
+                            where=(lambda s: s.data in ("ptb", "wt2"), "--data ptb or wt2"), may_change=True)
 
 
 SMALL = Settings()
 PAPER = dataclasses.replace(
     SMALL, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4, dropout_output=0.4, dropout_hidden=0.3,
     dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, clip=0.2, bptt=200, jitter=True, e_base=5.0,
-    recall_delay=250)
+    dni_alpha=1.0, recall_delay=250)
 PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
-MAY_CHANGE = {"epochs", "max_steps", "device", "precision", "checkpoint_every", "compile", "data_dir"}
+MAY_CHANGE = [f.name for f in dataclasses.fields(Settings) if f.metadata["may_change"]]           # when a run is resumed
 
 
 class UserError(Exception):
@@ -161,7 +194,8 @@ def parse(argv):
                         help="small, the default: two CPU cores; paper: the paper's size and settings for the corpus")
     parser.add_argument("--out", metavar="FOLDER", help="where log.csv and the checkpoints go; default runs/DATA-MODE, or the folder resumed from")
     parser.add_argument("--resume", metavar="FOLDER",
-                        help=f"go on with the run in FOLDER, with its settings; may be changed: {', '.join(sorted(MAY_CHANGE))}")
+                        help="go on with the run in FOLDER, with its settings, from its newest checkpoint or, before the first, from the "
+                             f"beginning; may be changed: {', '.join(MAY_CHANGE)}")
     for f in dataclasses.fields(Settings):
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         options = dict(dest=f.name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
@@ -180,7 +214,7 @@ def parse(argv):
     if resume is not None:
         if preset:
             raise UserError("--resume goes on with its own settings: leave --preset away")
-        before = read_newest(Path(resume))["settings"]
+        before = read_settings(Path(resume))
         changed = [f"--{name.replace('_', '-')} (was {before.get(name)}, now {value})" for name, value in given.items()
                    if name not in MAY_CHANGE and before.get(name) != value]
         if changed:
@@ -196,47 +230,22 @@ def parse(argv):
 
 
 def check(s, given=()):
-    """Raise UserError for a setting that cannot be, or that was given and has no effect in its mode."""
-    def need(holds, name, what):
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} must be {what}, got {getattr(s, name)}")
-    for name in ("epochs", "embedding_size", "hidden_size", "num_layers", "window", "batch_size", "bptt", "valid_batch_size",
-                 "dni_hidden", "dni_window", "recall_delay", "recall_symbols"):
-        need(getattr(s, name) >= 1, name, "at least 1")
-    for name in ("dropout_output", "dropout_hidden", "dropout_input", "dropout_embedding", "dropout_weight", "zoneout",
-                 "dni_zoneout"):
-        need(0 <= getattr(s, name) < 1, name, "in [0, 1)")
-    for name in ("lr", "clip", "e_base", "dni_lr"):
-        need(0 < getattr(s, name) < math.inf or (name == "clip" and getattr(s, name) == math.inf), name, "above 0")
-    for name in ("activation", "temporal", "l2", "dni_alpha", "dni_l2", "dni_noise", "dni_last_layer", "dni_warmup", "checkpoint_every"):
-        need(0 <= getattr(s, name) < math.inf, name, "0 or more")
-    need(s.max_steps >= 0, "max_steps", "0 or more")
-    need(0 <= s.seed < 2 ** 63, "seed", "a whole number from 0 to 2^63 - 1")
-    for name in ("eta_min", "eta_max"):
-        need(all(0 <= x < math.inf for x in getattr(s, name)), name, "0 or more")
-    need(s.eta_min, "eta_min", "at least one number")
+    """Raise UserError for a setting that cannot be, or that was given and has no effect beside the others."""
+    for f in dataclasses.fields(Settings):
+        flag, value = f"--{f.name.replace('_', '-')}", getattr(s, f.name)
+        possible, what = f.metadata["valid"] or (lambda _: True, "")
+        effective, where = f.metadata["where"] or (lambda _: True, "")
+        if not possible(value):
+            raise UserError(f"{flag} must be {what}, got {value}")
+        if f.name in given and not effective(s):
+            raise UserError(f"{flag} has an effect with {where} only")
     for i in range(max(len(s.eta_min), len(s.eta_max))):
-        need(per_run(s.eta_min, i) <= per_run(s.eta_max or s.lr, i), "eta_min", f"at most the rate run {i} begins with")
-    need(all(a < b < math.inf for a, b in zip((0, *s.restarts), s.restarts)), "restarts", "rising epochs above 0")
-    for names, effective, where in (
-            (("gradient",), s.mode == "restart", "--mode restart"), (("first",), s.mode == "alternating", "--mode alternating"),
-            (("e_base", "restarts", "eta_min", "eta_max", "sgdr_step", "reset_optimizer"), s.mode in SGDR_MODES,
-             "--mode restart or alternating"),
-            (("dni_window", "dni_zoneout"), s.dni == "neuron", "--dni neuron")):
-        for name in names:
-            if name in given and not effective:
-                raise UserError(f"--{name.replace('_', '-')} has an effect with {where} only")
+        low, high = per_run(s.eta_min, i), per_run(s.eta_max or s.lr, i)
+        if low > high:
+            raise UserError(f"--eta-min of run {i} must be at most {high}, the rate the run begins with, got {low}")
 
 
 # ------------------------------------------------------------------------------------------- what the mode decides
-
-SGDR_MODES = ("restart", "alternating")
-
-
-def uses_synthetic(settings):
-    """Whether this configuration needs an interface at all."""
-    return settings.mode in ("dni", "alternating") or (settings.mode == "restart" and settings.gradient == "synthetic")
-
 
 def gradient_source(settings, run, epoch):
     """'real' or 'synthetic': which gradient crosses the borders in run `run`, `epoch` epochs into training.
@@ -366,7 +375,8 @@ def evaluate(model, tokens, batch_size, product=torch.float32, bptt=200):
 
 @torch.no_grad()
 def sample(model, vocabulary, sentences=3, longest=30, end="<eos>"):
-    """A few sentences drawn word by word from the model's own predictions, each a string."""
+    """A few sentences drawn word by word from the model's own predictions, each a string. Without dropout."""
+    was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     token = torch.tensor([[vocabulary.index(end) if end in vocabulary else 0]], device=device)
@@ -381,6 +391,7 @@ def sample(model, vocabulary, sentences=3, longest=30, end="<eos>"):
                 break
             words.append(word)
         texts.append(" ".join(words))
+    model.train(was_training)
     return texts
 
 
@@ -557,6 +568,21 @@ def read_newest(folder, say=True):
         return content
 
 
+def read_settings(folder):
+    """The settings of the run in `folder`, from its newest checkpoint, or from settings.json where it was cut off before the first."""
+    file = folder / "settings.json"
+    if not file.exists() or any((folder / name).exists() for name in ("last.pt", "previous.pt", "log.csv")):
+        return read_newest(folder)["settings"]
+    try:
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(file.read_text()).items()}
+        right = all(type(settings[f.name]) is type(f.default) for f in dataclasses.fields(Settings)) and len(settings) == len(vars(SMALL))
+    except (OSError, ValueError, AttributeError, KeyError):
+        right = False
+    if not right:
+        raise UserError(f"{file} cannot be read as the settings of this version of train.py, and there is no checkpoint beside it")
+    return settings
+
+
 def lock(folder):
     """Keep every other run out of `folder` for as long as the file returned is open, that is, until this process ends."""
     file = open(folder / "lock", "w")
@@ -579,16 +605,19 @@ def restore(parts, checkpoint, path):
         raise UserError(f"{path} is a checkpoint of another model or corpus: {reason[:160]}") from None
 
 
-def random_state(device):
-    """The state of the random generators in use: the CPU's, and the device's own."""
+def random_state(device, interface=None):
+    """The state of the random generators in use: the CPU's, the device's own, and g's."""
     own = {"cpu": {}, "cuda": {"cuda": torch.cuda}, "mps": {"mps": torch.mps}}[device]
-    return {"cpu": torch.get_rng_state(), **{name: module.get_rng_state() for name, module in own.items()}}
+    return {"cpu": torch.get_rng_state(), **{name: module.get_rng_state() for name, module in own.items()},
+            **({f"dni {device}": interface.g.generator.get_state()} if interface else {})}
 
 
-def set_random_state(states, device):
+def set_random_state(states, device, interface=None):
     torch.set_rng_state(states["cpu"])
     if device != "cpu" and device in states:                            # a run may go on on another device
         {"cuda": torch.cuda, "mps": torch.mps}[device].set_rng_state(states[device])
+    if interface and f"dni {device}" in states:
+        interface.g.generator.set_state(states[f"dni {device}"])
 
 
 def output_folder(out, settings):
@@ -643,11 +672,13 @@ def build(s, vocabulary, device):
     optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.l2, **fused)
     if not uses_synthetic(s):
         return model, optimizer, None
-    before = random_state(device)                                       # put back: every mode draws the same dropout masks
+    # Every mode draws the same dropout masks: g's first weights leave torch's generator as it was, its noise has one of its own.
+    before, generator = random_state(device), torch.Generator(device).manual_seed(s.seed)
     if s.dni == "neuron":
-        g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer, s.compile).to(device)
+        g = NeuronDNI(s.dni_hidden, s.dni_window, s.dni_zoneout, s.dni_noise, s.dni_last_layer, s.compile, generator).to(device)
     else:
-        g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], s.dni_hidden, s.dni_noise, s.dni_last_layer).to(device)
+        sizes = [layer.hidden_size for layer in model.rnn.layers]
+        g = LayerDNI(sizes, s.dni_hidden, s.dni_noise, s.dni_last_layer, generator).to(device)
     set_random_state(before, device)
     return model, optimizer, Interface(g, torch.optim.Adam(g.parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused), Agreement())
 
@@ -676,8 +707,10 @@ def train_epoch(place, model, optimizer, schedule, interface, inputs, targets, s
     """
     model.train()
     length, unchecked = len(inputs), None
-    if interface and place.start == 0:
-        interface.agreement.sums = 0.0
+    if place.start == 0:                                                # a text begins: nothing is remembered
+        place.chunks, place.total, place.state, place.memory = 0, 0.0, None, None
+        if interface:
+            interface.agreement.sums = 0.0
     for start, stop in chunk_borders(length, s, place.epoch):
         if start < place.start:                                         # read before the run was cut off
             continue
@@ -776,6 +809,8 @@ class Training:
         self.model, self.optimizer, self.interface = build(s, len(corpus.vocabulary), self.device)
         if self.rank:
             torch.manual_seed(s.seed + self.rank)                       # dropout masks of its own
+            if self.interface:
+                self.interface.g.generator.manual_seed(s.seed + self.rank)
         self.schedule = make_schedule(s, self.optimizer)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
         if self.interface:
@@ -792,16 +827,19 @@ class Training:
         if self.processes > 1:
             dist.barrier()                                              # nobody reads a checkpoint before process 0 has the lock
         self.out = out
-        checkpoint = self.take_up(resume) if resume else None
+        begun = resume and any((resume / name).exists() for name in ("last.pt", "previous.pt"))
+        checkpoint = self.take_up(resume) if begun else None
         if self.rank:
             return
+        if resume and not begun:
+            print(f"train.py: {resume} was cut off before its first checkpoint; starting it from the beginning", file=sys.stderr)
         with replacing(out / "settings.json") as file:
             file.write((json.dumps(dataclasses.asdict(self.s), indent=1) + "\n").encode())
-        if resume and out != resume:
+        if begun and out != resume:
             save(checkpoint, out / "last.pt")
             if (resume / "best.pt").exists():
                 shutil.copyfile(resume / "best.pt", out / "best.pt")
-        if resume:
+        if begun:
             write_log(self.place.rows, out / "log.csv")                 # it may be ahead of the checkpoint
 
     def take_up(self, folder):
@@ -818,7 +856,7 @@ class Training:
         if self.interface:
             self.interface.agreement.sums = each(lambda t: t.to(self.device), checkpoint["agreement"])
         if self.rank < len(checkpoint["random"]):                       # there may be more processes now
-            set_random_state(checkpoint["random"][self.rank], self.device)
+            set_random_state(checkpoint["random"][self.rank], self.device, self.interface)
         return checkpoint
 
     def announce(self):
@@ -845,7 +883,7 @@ class Training:
         if not math.isfinite(place.total):
             raise NotFinite(f"the loss of epoch {place.epoch + 1} is not finite; try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
         place.seconds = time.monotonic() - self.started
-        states, randoms = zip(*gathered(((place.state, place.memory), random_state(self.device))))  # of each process
+        states, randoms = zip(*gathered(((place.state, place.memory), random_state(self.device, self.interface))))  # of each process
         state, memory = side_by_side(states)
         self.keep("last.pt", "previous.pt", place={**vars(place), "state": state, "memory": memory}, random=randoms,
                   agreement=self.interface and self.interface.agreement.sums, **{name: part.state_dict() for name, part in self.parts.items()})
@@ -893,7 +931,7 @@ class Training:
             self.keep("best.pt", epoch=place.epoch + 1)
         if whole:
             place.best = min(place.best, valid)
-            place.epoch, place.start, place.chunks, place.total, place.state, place.memory = place.epoch + 1, 0, 0, 0.0, None, None
+            place.epoch, place.start = place.epoch + 1, 0
             self.keep_place()
         if not self.rank:
             write_log(place.rows, self.out / "log.csv")

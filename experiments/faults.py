@@ -93,7 +93,7 @@ def kill(work, corpus, i, number, processes=1):
         process.communicate()
     if processes == 1 and process.returncode not in (0, -number, 128 + number):
         return f"status {process.returncode}"
-    begun = any((run / name).exists() for name in ("last.pt", "previous.pt"))
+    begun = (run / "settings.json").exists()
     again = train(*(["--resume", run] if begun else fresh), processes=processes)
     if again.returncode:
         return again.stderr

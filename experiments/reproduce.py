@@ -27,11 +27,12 @@ def e_base(scale, data):
     return EPOCHS[data] / 15 if scale == "small" else 5.0
 
 
-def size(scale, data):
-    """Options of train.py that all methods share."""
+def size(scale, data, method=None):
+    """Options of train.py that all methods share, or those of one method: --dni-warmup is for two of them."""
     if scale == "paper":
         return ["--preset", "paper"]
-    return ["--embedding-size", 128, "--hidden-size", 256, "--epochs", EPOCHS[data], "--dni-warmup", e_base(scale, data), *study.UNREGULARISED]
+    warmup = ["--dni-warmup", e_base(scale, data)] if method in (None, "dni", "dni-restart") else []
+    return ["--embedding-size", 128, "--hidden-size", 256, "--epochs", EPOCHS[data], *warmup, *study.UNREGULARISED]
 
 
 class One:
@@ -39,9 +40,12 @@ class One:
         self.scale = scale
 
     def __call__(self, case):
-        arguments = [*size(self.scale, case["data"]), "--compile", "--dni-alpha", ALPHA[self.scale], "--data", case["data"],
-                     *METHODS[case["method"]], "--lr", case["lr"], "--seed", case["seed"]]
-        if "restart" in case["method"] or case["method"] == "alternating":
+        method = case["method"]
+        arguments = [*size(self.scale, case["data"], method), "--compile", "--data", case["data"], *METHODS[method],
+                     "--lr", case["lr"], "--seed", case["seed"]]
+        if method not in ("bptt", "restart"):
+            arguments += ["--dni-alpha", ALPHA[self.scale]]
+        if method not in ("bptt", "dni"):
             arguments += ["--e-base", e_base(self.scale, case["data"])]
         return study.train_run(case, arguments, study.ROOT / "runs" / f"reproduce-{self.scale}" / "-".join(map(str, case.values())))
 
