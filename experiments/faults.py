@@ -30,7 +30,7 @@ import torch
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 MODES = (["bptt"], ["dni"], ["restart", "--gradient", "synthetic"], ["alternating"])
 SMALL = ["--hidden-size", "24", "--embedding-size", "16", "--batch-size", "4", "--bptt", "10", "--valid-batch-size", "2",
-         "--dni-hidden", "8", "--device", "cpu", "--jitter", "--epochs", "7", "--checkpoint-every", "0.005"]
+         "--device", "cpu", "--jitter", "--epochs", "7", "--checkpoint-every", "0.005"]
 
 
 def start(*arguments, processes=1, limit=None):
