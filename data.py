@@ -1,23 +1,25 @@
-"""The corpora: Penn Treebank, WikiText-2, an English text that every Python carries, and a language whose floor is known.
+"""The corpora: Penn Treebank, WikiText-2, the English inside every Python, and a language of known entropy.
 
 Papers
-    PTB          Marcus et al. 1993, in the preprocessing of Mikolov et al. 2010: 10,000 words, the rest is <unk>
+    PTB          Marcus et al. 1993, preprocessed by Mikolov et al. 2010: 10,000 words, the rest is <unk>
     WikiText-2   Merity et al. 2016, "Pointer Sentinel Mixture Models", arXiv 1609.07843
-    recall       this project: a stored symbol has to be carried over a delay, as in the tasks of arXiv 1608.05343, section 3.1
+    recall       this project: a symbol has to be carried over a delay, as in the tasks of arXiv 1608.05343,
+                 section 3.1
 
 Glossary
     name         shape      meaning
     tokens       (n,)       a split as word indices, one <eos> at the end of each line
-    inputs       (L, B)     B streams of L = (n - 1) // B tokens, side by side; column b is one contiguous piece of text
-    targets      (L, B)     the next token of each input, also across the end of a stream: no prediction is lost but the
-                            remainder, fewer than B
-    floor        nats       the entropy rate of `recall`: no model can do better; facts holds it as a perplexity
+    inputs       (L, B)     B streams of L = (n - 1) // B tokens, side by side: column b is one piece of text
+    targets      (L, B)     the next token of each input, also across the end of a stream: no prediction is
+                            lost but the remainder, fewer than B
+    floor        nats       the entropy rate of `recall`: no model does better; facts has it as a perplexity
 
 Corpora, by name
     pydoc     the English of Python's reference manual (pydoc_data.topics): needs no file and no network
     ptb, wt2  the canonical files, found in --data-dir or $QRNN_DATA or ./corpora, otherwise downloaded once
     recall    synthetic, see `recall`
-    FOLDER    any folder with train.txt, valid.txt and test.txt: one sentence or paragraph a line, words between spaces
+    FOLDER    any folder with train.txt, valid.txt and test.txt: a sentence or paragraph a line, words
+              between spaces
 
 Not here: subwords, shuffling, lower-casing of your own text.
 
@@ -47,15 +49,17 @@ DOWNLOADS = {
         "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
         "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
         "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}),
-    "wt2": (("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/{split}.txt",), {
+    "wt2": (("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+             "{split}.txt",), {
         "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
         "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
         "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}),
 }
 NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
-PLACES = {"ptb": ("ptb/{split}.txt", "ptb/ptb.{split}.txt", "ptb.{split}.txt"),                    # in the data folder
-          "wt2": ("wt2/{split}.txt", "wikitext-2/{split}.txt", "wt2/wiki.{split}.tokens", "wikitext-2/wiki.{split}.tokens",
-                  "wiki.{split}.tokens")}
+PLACES = {                                                              # in the data folder
+    "ptb": ("ptb/{split}.txt", "ptb/ptb.{split}.txt", "ptb.{split}.txt"),
+    "wt2": ("wt2/{split}.txt", "wikitext-2/{split}.txt", "wt2/wiki.{split}.tokens",
+            "wikitext-2/wiki.{split}.tokens", "wiki.{split}.tokens")}
 
 
 class CorpusError(ValueError):
@@ -75,7 +79,8 @@ class Corpus:
         """A short hash of the vocabulary and all tokens: the same for the same corpus, and for no other."""
         digest = hashlib.sha256("\n".join(self.vocabulary).encode())
         for tokens in (getattr(self, split) for split in SPLITS):
-            digest.update(f"\n{len(tokens)}\n".encode() + tokens.numpy().tobytes())               # the length says where a split ends
+            # The length says where a split ends.
+            digest.update(f"\n{len(tokens)}\n".encode() + tokens.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -89,21 +94,24 @@ def load_corpus(name, data_dir=None, **recall_options):
     if name == "recall":
         return recall(**recall_options)
     if name in DOWNLOADS:
-        return from_lines(name, {split: lines(path) for split, path in find_or_download(name, data_dir).items()})
+        paths = find_or_download(name, data_dir)
+        return from_lines(name, {split: lines(path) for split, path in paths.items()})
     if Path(name).is_dir():
-        paths = {split: next((p for p in (Path(name, n.format(split=split)) for n in NAMES) if p.is_file()), None)
-                 for split in SPLITS}
+        there = {split: [Path(name, n.format(split=split)) for n in NAMES] for split in SPLITS}
+        paths = {split: next((p for p in places if p.is_file()), None) for split, places in there.items()}
         missing = [f"{split}.txt" for split in SPLITS if not paths[split]]
         if missing:
-            raise CorpusError(f"{name} has no {' and no '.join(missing)}; a corpus folder holds train.txt, valid.txt and test.txt")
+            raise CorpusError(f"{name} has no {' and no '.join(missing)}; "
+                              "a corpus folder holds train.txt, valid.txt and test.txt")
         return from_lines(Path(name).resolve().name, {split: lines(paths[split]) for split in SPLITS})
-    raise CorpusError(f"unknown corpus {name!r}: use pydoc, ptb, wt2, recall, or a folder with train.txt, valid.txt and test.txt")
+    raise CorpusError(f"unknown corpus {name!r}: use pydoc, ptb, wt2, recall, "
+                      "or a folder with train.txt, valid.txt and test.txt")
 
 
-# ---------------------------------------------------------------------------------------------------- text into tokens
+# ------------------------------------------------------------------------------------------- text into tokens
 
 def lines(path):
-    """The lines of a UTF-8 file, each a list of words. Raises CorpusError where it is unreadable, not UTF-8 or empty."""
+    """The lines of a UTF-8 file, each a list of words. CorpusError where it is unreadable or empty."""
     try:
         text = [line.split() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
@@ -111,7 +119,7 @@ def lines(path):
     except OSError as error:
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from None
     if text and not text[-1]:
-        text.pop()                                                                                 # after the last newline
+        text.pop()                                                                    # after the last newline
     if not any(text):
         raise CorpusError(f"{path} holds no words")
     return text
@@ -120,52 +128,59 @@ def lines(path):
 def from_lines(name, splits, min_count=1):
     """{"train": [[word, ..], ..], "valid": .., "test": ..} -> Corpus, with <eos> after each line.
 
-    The vocabulary is that of train, most frequent first; words seen there less than min_count times, and words that
-    only valid or test have, become <unk>.
+    The vocabulary is that of train, most frequent first; words seen there less than min_count times, and
+    words that only valid or test have, become <unk>.
     """
     words = {split: [w for line in text for w in (*line, "<eos>")] for split, text in splits.items()}
     counts = {}
     for w in words["train"]:
         counts[w] = counts.get(w, 0) + 1
-    known = [w for w in sorted(counts, key=counts.get, reverse=True) if counts[w] >= min_count or w == "<eos>"]
-    if "<unk>" not in known and any(w not in counts or counts[w] < min_count for split in SPLITS for w in words[split]):
+    by_count = sorted(counts, key=counts.get, reverse=True)
+    known = [w for w in by_count if counts[w] >= min_count or w == "<eos>"]
+    rare = {w for split in SPLITS for w in words[split] if counts.get(w, 0) < min_count}
+    if "<unk>" not in known and rare - {"<eos>"}:
         known.append("<unk>")
     index = {w: i for i, w in enumerate(known)}
     unk = index.get("<unk>")
-    return Corpus(name, known, **{split: torch.tensor([index.get(w, unk) for w in words[split]]) for split in SPLITS})
+    tokens = {split: torch.tensor([index.get(w, unk) for w in words[split]]) for split in SPLITS}
+    return Corpus(name, known, **tokens)
 
 
-def streams(tokens, batch_size):
-    """tokens (n,) -> inputs, targets, each (L, B) with L = (n - 1) // B: targets[t, b] is the token after inputs[t, b].
+def streams(tokens, batch_size, steps=1):
+    """tokens (n,) -> inputs, targets, each (L, B), L = (n - 1) // B: targets[t, b] follows inputs[t, b].
 
     Column b + 1 goes on where column b ends, so the last target of one is the first input of the next.
-    Raises CorpusError where there is less than one token a stream.
+    Raises CorpusError where L is less than `steps`, a chunk.
     """
     length = (len(tokens) - 1) // batch_size
-    if length < 1:
-        raise CorpusError(f"{len(tokens)} tokens are too few for {batch_size} streams; use a larger text or fewer streams")
+    if length < steps:
+        raise CorpusError(f"{len(tokens)} tokens are too few for {batch_size} streams: {length} steps each, "
+                          f"less than one chunk of {steps}; lower --batch-size or --bptt, or use more text")
     n = length * batch_size
-    return tokens[:n].view(batch_size, length).t().contiguous(), tokens[1:n + 1].view(batch_size, length).t().contiguous()
+    inputs, targets = (tokens[i:i + n].view(batch_size, length).t().contiguous() for i in (0, 1))
+    return inputs, targets
 
 
-# ------------------------------------------------------------------------------------------------- files and downloads
+# ---------------------------------------------------------------------------------------- files and downloads
 
 def find_or_download(name, data_dir=None):
-    """{split: path} of ptb or wt2; missing files are downloaded into data_dir, $QRNN_DATA or ./corpora beside this file.
+    """{split: path} of ptb or wt2. What is missing is downloaded into data_dir, $QRNN_DATA or corpora/ here.
 
-    A file of the right SHA-256 is taken wherever it lies, in a folder of the corpus's name or in the data folder itself;
-    another one only where its place names the corpus, with a note.
+    A file of the right SHA-256 is taken wherever it lies, in a folder of the corpus's name or in the data
+    folder itself; another one only where its place names the corpus, with a note.
     """
     root = Path(data_dir or os.environ.get(ENVIRONMENT) or HERE / "corpora")
     mirrors, hashes = DOWNLOADS[name]
     paths = {}
     for split in SPLITS:
-        there = [p for p in (root / place.format(split=split) for place in (*PLACES[name], "{split}.txt")) if p.is_file()]
+        places = [root / place.format(split=split) for place in (*PLACES[name], "{split}.txt")]
+        there = [p for p in places if p.is_file()]
         exact = [p for p in there if sha256(p) == hashes[split]]
         named = [p for p in there if p != root / f"{split}.txt"]
         paths[split] = (exact + named + [root / name / f"{split}.txt"])[0]
         if not exact and named:
-            print(f"note: {named[0]} is not the canonical file, so its perplexities compare with nobody's", file=sys.stderr)
+            print(f"note: {named[0]} is not the canonical file, so its perplexities compare with nobody's",
+                  file=sys.stderr)
         elif not exact:
             download([m.format(split=split) for m in mirrors], paths[split], hashes[split])
     return paths
@@ -179,9 +194,10 @@ def sha256(path):
 
 
 def download(mirrors, path, expected, timeout=30):
-    """Fetch the first mirror that has a file of the SHA-256 `expected` to `path`; no file is left behind on failure.
+    """Fetch a file of the SHA-256 `expected` to `path`, from the first mirror that has it; or leave nothing.
 
-    mirrors: URLs. timeout: seconds without an answer. Raises CorpusError naming the file, the mirrors and the way out.
+    mirrors: URLs. timeout: seconds without an answer. Raises CorpusError, which names the file, the mirrors
+    and the way out.
     """
     partial, troubles = path.with_name(path.name + ".partial"), []
     for url in mirrors:
@@ -190,43 +206,45 @@ def download(mirrors, path, expected, timeout=30):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with open(partial, "wb") as file:
                     total, done = int(answer.headers.get("Content-Length") or 0), 0
+                    of = f" of {total / 1e6:.1f}" if total else ""
                     while block := answer.read(1 << 16):
                         done += file.write(block)
-                        print(f"\r{path.name}: {done / 1e6:.1f}{f' of {total / 1e6:.1f}' if total else ''} MB", end="",
-                              file=sys.stderr, flush=True)
+                        print(f"\r{path.name}: {done / 1e6:.1f}{of} MB", end="", file=sys.stderr, flush=True)
                     print(file=sys.stderr)
             if sha256(partial) == expected:
                 os.replace(partial, path)
                 return
             troubles.append(f"{url} (wrong SHA-256: not the canonical file)")
-        except (OSError, http.client.HTTPException) as error:                                      # URLError is an OSError
+        except (OSError, http.client.HTTPException) as error:                         # URLError is an OSError
             troubles.append(f"{url} ({getattr(error, 'reason', error)})")
         finally:
             partial.unlink(missing_ok=True)
     raise CorpusError(f"could not download {path.name}; tried {', '.join(troubles)}; "
-                      f"put the file there by hand as {path}, or name its folder with --data-dir or ${ENVIRONMENT}")
+                      f"put the file there by hand as {path}, or name its folder with --data-dir "
+                      f"or ${ENVIRONMENT}")
 
 
-# --------------------------------------------------------------------------------------------------- the two built in
+# ------------------------------------------------------------------------------------------- the two built in
 
 def pydoc():
     """The language reference inside every CPython (`help("topics")`), as paragraphs of lower-cased English.
 
-    Split by topic, about a tenth each for valid and test. Topics quote one another, so a paragraph counts once only: what
-    test has, valid and train do not; what valid has, train does not. Words seen once in train are <unk>.
-    The text, and so every figure, changes a little with the version of Python.
+    Split by topic, about a tenth each for valid and test. Topics quote one another, so a paragraph counts
+    once only: what test has, valid and train do not; what valid has, train does not. Words seen once in train
+    are <unk>. The text, and so every figure, changes a little with the version of Python.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise CorpusError("this Python carries no pydoc_data.topics; use --data ptb, wt2, recall or a folder") from None
+        raise CorpusError("this Python carries no pydoc_data.topics; "
+                          "use --data ptb, wt2, recall or a folder") from None
     paragraphs = {topic: [re.findall(r"[a-z]+(?:'[a-z]+)?|\d+|[^\sa-z\d*=\-~^]", paragraph.lower())
                           for paragraph in re.split(r"\n\s*\n", text)] for topic, text in topics.items()}
     size = {topic: sum(map(len, p)) for topic, p in paragraphs.items()}
     share, chosen = {"train": 0.8, "valid": 0.1, "test": 0.1}, {split: [] for split in SPLITS}
-    for topic in sorted(sorted(topics), key=size.get, reverse=True):                               # each topic goes to the
+    for topic in sorted(sorted(topics), key=size.get, reverse=True):    # it goes to the split that lacks most
         lack = {s: share[s] * sum(size.values()) - sum(size[t] for t in chosen[s]) for s in SPLITS}
-        chosen[max(lack, key=lack.get)].append(topic)                                              # split that lacks most
+        chosen[max(lack, key=lack.get)].append(topic)
     splits, seen = {}, set()
     for split in ("test", "valid", "train"):
         unique = dict.fromkeys(tuple(p) for topic in chosen[split] for p in paragraphs[topic] if len(p) > 3)
@@ -236,15 +254,16 @@ def pydoc():
 
 
 def recall(delay=80, symbols=4, fillers=8, episodes=2000, seed=0):
-    """A language of episodes  S f f .. f ? S : a symbol, `delay` random fillers, a query, and the symbol again.
+    """A language of episodes  S f f .. f ? S : a symbol, `delay` random fillers, a query, the symbol again.
 
-    With K symbols and F fillers, a reader who carries the symbol pays log K for it, log F for each filler, and nothing
-    for the query (it comes on time) and the answer. One who does not carry it pays log K a second time:
+    With K symbols and F fillers, a reader who carries the symbol pays log K for it, log F for each filler,
+    and nothing for the query (it comes on time) and the answer. One who does not carry it pays log K a second
+    time:
 
-        floor = (log K + delay log F) / (delay + 3)     nats a token;      without memory: + log K / (delay + 3)
+        floor = (log K + delay log F) / (delay + 3) nats a token;   without carrying: + log K / (delay + 3)
 
-    A delay above the chunk length T puts symbol and answer into different chunks, so that truncated backpropagation
-    never sees them together. episodes: in train; a tenth each in valid and test.
+    A delay above the chunk length T puts symbol and answer into different chunks, so that truncated
+    backpropagation never sees them together. episodes: in train; a tenth each in valid and test.
     """
     if min(delay, symbols, fillers, episodes // 10) < 1:
         raise CorpusError("recall needs delay, symbols, fillers >= 1 and episodes >= 10")
@@ -255,20 +274,27 @@ def recall(delay=80, symbols=4, fillers=8, episodes=2000, seed=0):
         symbol = draw.integers(0, symbols, (n, 1))
         filler = draw.integers(symbols, symbols + fillers, (n, delay))
         text = np.concatenate([symbol, filler, np.full((n, 1), symbols + fillers), symbol], 1).ravel()
-        return torch.from_numpy(np.append(text, text[0]))           # one more, so that n (delay + 3) targets are complete
+        return torch.from_numpy(np.append(text, text[0]))              # one more: n (delay + 3) whole targets
 
     floor = (math.log(symbols) + delay * math.log(fillers)) / (delay + 3)
     return Corpus("recall", vocabulary, split(episodes), split(episodes // 10), split(episodes // 10),
                   {"perplexity floor": math.exp(floor),
-                   "perplexity without memory": math.exp(floor + math.log(symbols) / (delay + 3))})
+                   "perplexity without the symbol": math.exp(floor + math.log(symbols) / (delay + 3))})
 
 
 def unigram_perplexity(corpus, split="test"):
-    """Perplexity of `split` under word frequencies in train, with add-one smoothing where a word of split is new to it."""
+    """Perplexity of `split` under the word frequencies of train, add-one smoothed if it has new words."""
     counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary)).double()
     if (counts[getattr(corpus, split)] == 0).any():
         counts += 1
     return (-(counts / counts.sum()).log()[getattr(corpus, split)].mean()).exp().item()
+
+
+def describe(corpus):
+    """What is in a corpus, and what is known of it, as lines."""
+    return [f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
+            f"unigram test perplexity {unigram_perplexity(corpus):.1f}",
+            *(f"{fact} {value:.4f}" for fact, value in corpus.facts.items())]
 
 
 def main(arguments):
@@ -277,7 +303,8 @@ def main(arguments):
     corpus = load_corpus(*arguments)
     print(f"{corpus.name}: vocabulary {len(corpus.vocabulary):,}")
     for split in SPLITS:
-        print(f"  {split:5} {len(getattr(corpus, split)):>9,} tokens   unigram perplexity {unigram_perplexity(corpus, split):.1f}")
+        print(f"  {split:5} {len(getattr(corpus, split)):>9,} tokens   "
+              f"unigram perplexity {unigram_perplexity(corpus, split):.1f}")
     for fact, value in corpus.facts.items():
         print(f"  {fact} {value:.4f}")
 

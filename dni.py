@@ -1,28 +1,64 @@
-"""Decoupled neural interfaces (DNI) that predict the gradient a recurrent state would receive from the future.
+"""Decoupled neural interfaces (DNI): networks that predict the gradient a state will receive from the future.
+
+Text is read in chunks of T steps. Truncated backpropagation cuts the graph at every border between two
+chunks. So the state that crosses a border never hears what it did to the future. A DNI is a network g that
+looks at this state and predicts the gradient that it would have received.
 
 Papers
-    DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", arXiv 1608.05343
-    Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling",
-                 section 2.1 (Eq. 1) and section 2.2
-
-Text is read in chunks of T steps. Truncated backpropagation cuts the graph at every border between two chunks, so the
-state s that crosses it never hears what it did to the future. A DNI g looks at s and says what it would have heard.
+    DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
+                 arXiv 1608.05343
+    Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language
+                 Modeling", section 2.1 (Eq. 1) and section 2.2. Departures from it are numbered as in
+                 README.md.
 
 Glossary
-    name       symbol        shape               meaning
-    state      s_k           [(B, H_l)] a layer  the recurrent states c at border k, on entering chunk k
-    neurons    N             -                   scalars in s_k: B * sum over layers of H_l
-    target     delta_k       as s_k              dL_k/ds_k + (ds_{k+1}/ds_k)^T alpha delta^_{k+1}: T true steps of the
-                                                 future gradient and, for the rest, g's own word
-    synthetic  delta^_k      as s_k              g(s_k, h_g; phi), the prediction of delta_k
-    memory     h_g           ((N, 50), x_prev)   g's own recurrent state, as QRNNLayer has it: one row for each neuron of
-                                                 each stream
-    scale      alpha         -                   factor on a prediction where it is injected, and so, through the target,
-                                                 g's discount a chunk: delta is the gradient of the whole future for 1
+    name       symbol    shape               meaning
+    s          s_k       [(B, H_l)]          the c of every layer l at border k, where chunk k begins
+    s_next     s_{k+1}   as s                the same at border k + 1, where chunk k ends
+    N          N         -                   how many scalars are in s_k: B * sum over layers of H_l
+    -          δ_k       as s                the gradient of s_k from all that follows; nobody knows it
+    predicted  δ^_k      as s                g(s_k, h_g; φ): the synthetic gradient, a prediction of δ_k
+    target     target_k  as s                what g is taught instead of δ_k, known one chunk later
+    memory     h_g       ((N, 50), x_prev)   g's own recurrent state, one row per scalar of s_k
+    alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
-Units: targets are T B times the gradient of what a chunk minimises, a mean over T B tokens. That is the gradient of ONE
-STREAM'S SUMMED LOSS; the mean's own are so small that Adam's epsilon would drown g's learning. Whoever calls `inject`
-divides by T B again.
+The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let S_k be the summed
+loss of chunk k and of all chunks after it: S_k = T B L_k + S_{k+1}. Chunk k acts on S_{k+1} through s_{k+1}.
+(In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
+see README.md, below the departures.) With δ_k = dS_k/ds_k, the chain rule says
+
+    dS_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        for the θ that chunk k uses: Eq. 1
+    δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
+
+Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
+
+    gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}
+    target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
+
+The first line is the synthetic gradient at work. The second is a TARGET for g, made of T true steps and of
+g's own next prediction. Temporal-difference learning does the same with values. What g has learned about
+border k + 1 enters its target for border k: so credit can travel further back than one chunk. With α < 1 the
+loss of the n-th chunk ahead counts αⁿ, which keeps the errors of g from feeding themselves. The paper has
+α = 1, and calls s_1, s_2 and δ_1 here h_T, h_2T and δ_T.
+
+Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
+summed loss, and does not depend on B. In the unit of the mean, targets would be a thousandth as large, and
+the gradients of φ so small that the epsilon of g's Adam, 1e-8, would matter.
+
+One backward pass makes both lines, divided by T B. Add to the loss the number (α / T B) Σ δ^_{k+1} ·
+s_{k+1}, a sum over layers, streams and neurons with δ^ held constant. Its derivative in s_{k+1} is α
+δ^_{k+1} / T B. So an ordinary backward() gives θ the first line / T B, and leaves the second, target_k / T
+B, in s_k.grad.
+
+What happens in chunk k, between the borders k and k + 1:
+
+    credit()    asks g twice. δ^_k = g(s_k), with a graph for φ, is to be corrected, and h_g moves on.
+                δ^_{k+1} = g(s_{k+1}), without, is injected, and h_g stays.
+    backward()  leaves target_k / T B in s_k.grad. It does not touch φ.
+    learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
+
+In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
+corrected.
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
@@ -36,54 +72,171 @@ from torch import nn
 from qrnn import Compiled, QRNNLayer
 
 
-class NeuronDNI(nn.Module):
-    """The neuron-wise interface: one small network g shared by all neurons, scalar in, scalar out (section 2.2).
+class Interface:
+    """All that a synthetic gradient adds to the training of a recurrent model, of any kind. In each chunk:
 
-        s --- MLP 1 -> 50 --- QRNN of 50 over the borders, memory h_g --- MLP 50 -> 1 --- synthetic gradient
+        s = [c.detach().requires_grad_() for c in s_next]           # the border: s_k, cut off from its past
+        s_next, loss = ...                                          # read the chunk; a mean over T B tokens
+        (loss + dni.credit(s, s_next, tokens=T * B)).backward()     # Eq. 1
+        dni.learn()                                                 # towards the target that backward left
 
-    The neurons of all layers and streams are g's BATCH; its time is the count of borders. So each neuron has its own
-    memory, and the number of parameters knows nothing of how many neurons there are.
-    (Departure: the authors' code runs g's recurrence ACROSS the neurons, as one sequence of N; README, deviation 1. Nor is there a gradient through h_g from one border to the next, here: deviation 6.)
+    g: a NeuronDNI, a LayerDNI, or a module that is called as they are. optimizer: of g's parameters; None
+    stands for Adam at 1e-3. alpha: the discount α.
 
-    hidden_size: 50. window, zoneout: of g's QRNN layer. noise: g sees s * (1 + noise * N(0, 1)) while in training mode.
-    last_layer: bound b of the last layer's U(-b, b); 0 makes the first synthetic gradients exactly zero, after DNI.
-    compile: use the `Compiled` form (qrnn.py) of the same code.
-    generator: of noise and zoneout, on the device of the states; None for torch's own, which the model draws from too.
+    It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
+    from. `agreement` measures predictions against targets.
     """
 
-    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0, compile=False, generator=None):
+    def __init__(self, g, optimizer=None, alpha=1.0):
+        self.g, self.alpha = g, alpha
+        self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-3)
+        self.agreement = Agreement()
+        self.reset()
+
+    def reset(self):
+        """Begin another text: h_g is zero, and there is no prediction to learn from."""
+        self.memory = self.pending = None
+
+    def credit(self, s, s_next, tokens, inject=True):
+        """Ask g about s_k and s_{k+1}. Returns what to add to the loss: (α / T B) Σ δ^_{k+1} · s_{k+1}.
+
+        s: the leaves that the chunk began with, a list of (B, H_l), each requiring a gradient; None where a
+        text begins and nothing is to be predicted. s_next: the states it ended with, still in their graph.
+        tokens: T B, which the loss is a mean over. inject: with False g learns and is not used: zero.
+        Raises ValueError or RuntimeError, with what to do, for a wrong shape, graph or order of calls.
+        """
+        self.check(s, s_next, inject)
+        predicted = self.predict(s) if s else None
+        self.pending = predicted, s, tokens
+        if not inject:
+            return s_next[0].new_zeros(())
+        return self.alpha / tokens * sum((d * c).sum() for d, c in zip(self.synthesize(s_next), s_next))
+
+    def predict(self, s):
+        """δ^_k, with a graph for φ; h_g moves on by one border.
+
+        (Departure 6: g's own truncation is one border long. What it writes into h_g is not taught by later
+        errors.)
+        """
+        predicted, memory = self.g([c.detach() for c in s], self.memory)
+        self.memory = tuple(m.detach() for m in memory) if memory else None
+        return predicted
+
+    @torch.no_grad()
+    def synthesize(self, s_next):
+        """δ^_{k+1}, constants; h_g is left as it is."""
+        return self.g([c.detach() for c in s_next], self.memory)[0]
+
+    def learn(self, loss_scale=1.0):
+        """Teach g target_k, which backward has left in s_k.grad, / T B. Returns the mean squared error
+        before.
+
+        loss_scale: what the loss was multiplied with before backward, as torch.amp.GradScaler does.
+        Returns None where nothing was predicted. Raises RuntimeError where credit or backward was not called.
+        """
+        if not self.pending:
+            raise RuntimeError("nothing to learn from: call credit() and then backward() before learn()")
+        predicted, s, tokens = self.pending
+        if predicted and any(c.grad is None for c in s):
+            raise RuntimeError("s has no gradient: call backward() on loss + credit(...) before learn()")
+        self.pending = None
+        if not predicted:
+            return None
+        target = [tokens / loss_scale * c.grad for c in s]              # target_k
+        self.agreement.update(predicted, target)
+        return regress(self.optimizer, predicted, target)
+
+    def check(self, s, s_next, inject):
+        """Raise where credit() is called out of turn, or with what would silently do nothing."""
+        if self.pending:
+            raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
+        if s and not all(c.is_leaf and c.requires_grad for c in s):
+            raise ValueError("s must be leaves that collect a gradient: begin the chunk with "
+                             "c.detach().requires_grad_()")
+        shapes, next_shapes = ([tuple(c.shape) for c in x or ()] for x in (s, s_next))
+        if s and shapes != next_shapes:
+            raise ValueError(f"s and s_next must have the same shapes, got {shapes} and {next_shapes}")
+        if inject and not all(c.requires_grad for c in s_next):
+            raise ValueError("s_next must still be in its graph: call credit() before detaching it")
+        neurons = sum(c.numel() for c in s_next)
+        if self.memory and len(self.memory[0]) != neurons:
+            raise ValueError(f"h_g remembers {len(self.memory[0])} neurons, and s_next has {neurons}: "
+                             "call reset() where another text begins")
+
+
+def regress(optimizer, predicted, target):
+    """One step of φ towards the targets: the mean of (δ^ - target)² over all neurons, in one update (2.2).
+
+    optimizer: g's; predicted: δ^_k with its graph; target: target_k, no gradient flows into it.
+    Returns the mean squared error before the step, a tensor.
+    """
+    error = F.mse_loss(joined(predicted), joined(target).detach())
+    optimizer.zero_grad(set_to_none=True)
+    error.backward()
+    optimizer.step()
+    return error.detach()
+
+
+def joined(tensors):
+    """A list of tensors as one vector of all their N numbers."""
+    return torch.cat([t.flatten() for t in tensors])                    # (N,)
+
+
+# ------------------------------------------------------------------------------------------ the networks g
+
+class NeuronDNI(nn.Module):
+    """The neuron-wise interface: one small network g for all neurons, scalar in, scalar out (section 2.2).
+
+        c --- MLP 1 -> 50 --- QRNN of 50 over the borders, memory h_g --- MLP 50 -> 1 --- synthetic gradient
+
+    The neurons of all layers and streams are g's BATCH; its time is the count of borders. So each neuron has
+    its own memory, and the number of parameters does not depend on the number of neurons.
+    (Departure 1: the authors' code runs g's recurrence ACROSS the neurons, as one sequence of N.)
+
+    hidden_size: 50. window, zoneout: of g's QRNN layer. noise: in training g sees c * (1 + noise * N(0, 1)).
+    last_layer: bound b of the last layer's U(-b, b). 0 makes the first synthetic gradients exactly zero, as
+    DNI does. compile: use the `Compiled` form (qrnn.py) of the same code. generator: where noise and zoneout
+    come from, on the device of the states; None for torch's own, which the model draws from too.
+    """
+
+    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0, compile=False,
+                 generator=None):
         super().__init__()
         self.noise, self.generator = noise, generator
         self.encode = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
         self.rnn = QRNNLayer(hidden_size, hidden_size, window, zoneout=zoneout)
         self.decode = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
         start_last_layer(self.decode[-1], last_layer)
-        self.fast = Compiled(self.predict) if compile else self.predict
+        self.compiled = Compiled(self.step) if compile else None
 
-    def forward(self, state, memory=None):
-        """state: list of (B, H_l) tensors, one a layer; memory: what the previous border returned, or None.
+    def forward(self, s, memory=None):
+        """s: list of (B, H_l), one a layer; memory: what the previous border returned, or None for zero.
 
         Returns the synthetic gradients, a list of the same shapes, and the memory after this border.
         """
-        s = torch.cat(state, 1).flatten()[:, None]                      # (N, 1), one stream after the other
+        c = torch.cat(s, 1).flatten()[:, None]                          # (N, 1), one stream after the other
         if self.noise and self.training:
-            s = s * (1 + self.noise * normal_like(s, self.generator))
-        masks = self.rnn.draw(s[None], self.generator)
-        d, memory = self.fast(s, self.rnn.zero_state(s[None]) if memory is None else memory, masks)
-        return list(d.view(len(state[0]), -1).split([c.shape[1] for c in state], 1)), memory
+            c = c * (1 + self.noise * normal_like(c, self.generator))
+        masks = self.rnn.draw(c[None], self.generator)
+        memory = self.rnn.zero_state(c[None]) if memory is None else memory
+        d, memory = (self.compiled or self.step)(c, memory, masks)
+        return list(d.view(len(s[0]), -1).split([c.shape[1] for c in s], 1)), memory
 
-    def predict(self, s, memory, masks=None):
-        """g itself. s: (N, 1) -> the synthetic gradients (N,) and the memory after this border."""
-        x = self.encode(s).to(s.dtype)[None]                                                       # (1, N, 50)
-        h, memory = self.rnn(x, memory, masks)                                                     # one step a border
-        return self.decode(h[0]).to(s.dtype).flatten(), memory
+    def step(self, c, memory, masks=None):
+        """g at one border. c: (N, 1) -> the synthetic gradients (N,) and the memory after this border."""
+        x = self.encode(c).to(c.dtype)[None]                            # (1, N, 50)
+        h, memory = self.rnn(x, memory, masks)                          # one step a border
+        return self.decode(h[0]).to(c.dtype).flatten(), memory
 
 
 class LayerDNI(nn.Module):
-    """The layer-wise interface of DNI, section 2.1, as the control: from the whole state of a layer to its whole gradient.
+    """The layer-wise interface of DNI, section 2.1: from the whole state of a layer to its whole gradient.
 
-    One MLP H_l -> 50 -> 50 -> H_l a layer; streams are the batch; no memory. sizes: H_l of each layer.
-    Knows which neuron is which, and pays for it in parameters: about 100 H_l a layer. The rest is as in NeuronDNI.
+    The control for the neuron-wise one. It knows which neuron is which, and sees what the others do, and pays
+    for it in parameters: one MLP H_l -> 50 -> 50 -> H_l a layer, about 100 H_l. Streams are its batch; it has
+    no memory.
+
+    sizes: H_l of each layer. The rest is as in NeuronDNI.
     """
 
     def __init__(self, sizes, hidden_size=50, noise=0.0, last_layer=0.0, generator=None):
@@ -95,11 +248,11 @@ class LayerDNI(nn.Module):
         for mlp in self.mlps:
             start_last_layer(mlp[-1], last_layer)
 
-    def forward(self, state, memory=None):
+    def forward(self, s, memory=None):
         """As NeuronDNI.forward; the memory stays None."""
         if self.noise and self.training:
-            state = [c * (1 + self.noise * normal_like(c, self.generator)) for c in state]
-        return [mlp(c).to(c.dtype) for mlp, c in zip(self.mlps, state, strict=True)], None
+            s = [c * (1 + self.noise * normal_like(c, self.generator)) for c in s]
+        return [mlp(c).to(c.dtype) for mlp, c in zip(self.mlps, s, strict=True)], None
 
 
 def normal_like(x, generator):
@@ -113,60 +266,33 @@ def start_last_layer(linear, bound):
     nn.init.uniform_(linear.bias, -bound, bound)
 
 
-# ------------------------------------------------------------------------------------- the two halves of a DNI's step
-
-def inject(loss, state, synthetic, scale):
-    """Backpropagate from the chunk's loss AND from the state it leaves behind (Eq. 1):
-
-        dL/dtheta  =  dL_k/dtheta + (ds_{k+1}/dtheta)^T  scale * delta^_{k+1}
-
-    loss: a scalar; state: s_{k+1}, a list of tensors still attached to their graph; synthetic: delta^_{k+1}, the same
-    shapes; scale: alpha / (T B) for a loss that is a mean over T B tokens. Gradients are added to .grad as by
-    loss.backward(). The state s_k that entered the chunk, if it requires grad, receives
-
-        dL_k/ds_k + (ds_{k+1}/ds_k)^T  scale * delta^_{k+1}
-
-    which, times T B, is the BOOTSTRAPPED TARGET delta_k: T true steps, then g's own word for the rest (section 2.1).
-    """
-    torch.autograd.backward([loss, *state], [None, *(scale * d.detach() for d in synthetic)])
-
-
-def regress(optimizer, predicted, target):
-    """One step of phi towards the targets: the mean of (delta^ - delta)^2 over all neurons, in one update (section 2.2).
-
-    optimizer: of g's parameters; predicted: delta^_k with its graph; target: delta_k, no gradient flows into it.
-    Returns the mean squared error before the step, a tensor.
-    """
-    error = F.mse_loss(joined(predicted), joined(target).detach())
-    optimizer.zero_grad(set_to_none=True)
-    error.backward()
-    optimizer.step()
-    return error.detach()
-
-
-def joined(tensors):
-    """A list of tensors as one vector of all their N numbers."""
-    return torch.cat([t.flatten() for t in tensors])                                               # (N,)
-
+# ----------------------------------------------------------------------------------------- does g learn?
 
 class Agreement:
-    """Does g learn? Two running measures of predictions p against targets t, over all neurons and borders seen.
+    """Two running measures of predictions p against targets t, over all neurons and borders seen.
 
-        cosine = sum p t / sqrt(sum p^2 sum t^2)        direction alone: 1 parallel, 0 unrelated; sums over borders of
-                                                        means over neurons
-        R^2    = 1 - sum (p - t)^2 / sum t^2            1 perfect; 0 no better than predicting zero; below 0, worse
+        cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated
+        R²     = 1 - sum (p - t)² / sum t²          1 perfect; 0 as good as predicting zero; below 0, worse
+
+    The sums go over borders, of means over neurons. A target holds g's own next prediction: to agree with it
+    is not yet to know the true gradient.
     """
 
     def __init__(self):
+        self.reset()
+
+    def reset(self):
+        """Forget all that was seen."""
         self.sums = 0.0
 
     def update(self, predicted, target):
         """Take in the predictions and targets of one border, lists of tensors of the same shapes."""
         p, t = joined(predicted).detach().float(), joined(target).detach().float()
-        self.sums = self.sums + torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)]) / len(p)    # stays on the device
+        sums = torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])    # stays on the device
+        self.sums = self.sums + sums / len(p)
 
     def result(self):
-        """(cosine, R^2) as floats; nan where nothing, or nothing but zeros, was seen."""
+        """(cosine, R²) as floats; nan where nothing, or nothing but zeros, was seen."""
         if isinstance(self.sums, float):
             return float("nan"), float("nan")
         pt, pp, tt, error = self.sums.cpu().double().unbind()
@@ -175,17 +301,17 @@ class Agreement:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for name, gradient in (("a function of the neuron's value, sin(3 s)", lambda s: torch.sin(3 * s)),
-                           ("a coin toss for each neuron", lambda s: torch.randn_like(s).sign())):
+    for name, gradient in (("a function of the neuron's value, sin(3 c)", lambda c: torch.sin(3 * c)),
+                           ("a coin toss for each neuron", lambda c: torch.randn_like(c).sign())):
         g = NeuronDNI()
         optimizer, memory = torch.optim.Adam(g.parameters(), 3e-3), None
         print(f"the future gradient is {name}")
         for border in range(1, 401):
-            state = [torch.rand(8, 16) * 2 - 1, torch.rand(8, 32) * 2 - 1]
-            target, agreement = [gradient(s) for s in state], Agreement()
-            predicted, memory = g(state, memory)
+            s = [torch.rand(8, 16) * 2 - 1, torch.rand(8, 32) * 2 - 1]
+            target, agreement = [gradient(c) for c in s], Agreement()
+            predicted, memory = g(s, memory)
             memory = tuple(m.detach() for m in memory)
             agreement.update(predicted, target)
             regress(optimizer, predicted, target)
             if border in (1, 25, 100, 400):
-                print("  border {:3d}   cosine {:+.3f}   R^2 {:+.3f}".format(border, *agreement.result()))
+                print("  border {:3d}   cosine {:+.3f}   R² {:+.3f}".format(border, *agreement.result()))

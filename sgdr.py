@@ -1,12 +1,18 @@
 """SGDR: a learning rate that falls along a cosine and restarts warm, in runs of doubling length.
 
+A high rate travels and a low one settles. Each run does first one and then the other. A restart is warm: it
+puts the rate up again and keeps the weights, so that training leaves the minimum it has settled in and looks
+for another from there.
+
 Papers
-    SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983, Eq. 5
-    Alternating  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling", section 2.1
+    SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts",
+                 arXiv 1608.03983, Eq. 5
+    Alternating  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language
+                 Modeling", section 2.1
 
 Glossary
     name       symbol       unit       meaning
-    run        i            -          the run one is in: 0 before the first restart, then 1, 2, ...
+    index      i            -          of the run: 0 before the first restart, then 1, 2, ...
     elapsed    E_cur        epochs     since the last restart
     length     E_i          epochs     of run i: mult^i * base, or the distance between two given restarts
     base       E_base       epochs     length of run 0
@@ -29,37 +35,52 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Run(NamedTuple):
-    run: int         # i
+    index: int       # i
     elapsed: float   # E_cur, epochs
     length: float    # E_i, epochs
 
 
 def run_at(epoch, base=1, mult=2, restarts=()):
-    """Which run does this moment lie in, for how long has the run lasted, and how long is it: Run(i, E_cur, E_i).
+    """The run that a moment lies in, how long it has lasted, and how long it is: Run(i, E_cur, E_i).
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
     base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
-    restarts: epochs at which to restart instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors' code's;
-        after the last of them come runs as long as the last.
-    A moment within rounding of a restart is the restart: epoch 0.3 for base 0.1, whose run 2 begins at 0.1 + 0.2 = 0.30000000000000004.
+    restarts: restart at these epochs instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors'
+        code's; after the last of them come runs as long as the last.
+    A moment within rounding of a restart is the restart. (For base 0.1 run 2 begins at 0.3, computed as
+    0.1 + 0.2 = 0.30000000000000004.)
     Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
     """
+    starts = [0, *restarts]
     if epoch < 0 or base <= 0 or mult < 1:
         raise ValueError(f"epoch >= 0, base > 0 and mult >= 1 are needed, got {epoch}, {base}, {mult}")
-    borders = [0, *restarts]
-    if any(later <= earlier for earlier, later in zip(borders, borders[1:])):
+    if any(later <= earlier for earlier, later in zip(starts, starts[1:])):
         raise ValueError(f"restarts must rise from above 0, got {tuple(restarts)}")
+    n = len(restarts)                                                   # run n begins at the last of them
+
+    def length(i):
+        if restarts:
+            return starts[min(i, n - 1) + 1] - starts[min(i, n - 1)]
+        return base * mult ** i
+
+    def start(i):
+        if restarts:
+            return starts[i] if i <= n else starts[n] + (i - n) * length(n)
+        # base (1 + mult + .. + mult^{i-1}), a geometric sum
+        return i * base if mult == 1 else base * (mult ** i - 1) / (mult - 1)
+
+    # The start of run i, solved for i. (log1p(x) = log(1 + x), exact for small x, so for mult near 1.)
+    # Rounding may make i one off, which the two loops mend.
     if restarts:
-        n, last = len(restarts), borders[-1] - borders[-2]
-        start = lambda i: borders[i] if i <= n else borders[n] + (i - n) * last                    # noqa: E731
-        length = lambda i: borders[i + 1] - borders[i] if i < n else last                          # noqa: E731
-        i = bisect.bisect(restarts, epoch) if epoch < borders[n] else n + int((epoch - borders[n]) / last)
-    else:                                                               # base (1 + mult + .. + mult^{i-1}) is a geometric sum
-        start = lambda i: i * base if mult == 1 else base * (mult ** i - 1) / (mult - 1)           # noqa: E731
-        length = lambda i: base * mult ** i                                                        # noqa: E731
-        i = int(epoch / base if mult == 1 else math.log1p(epoch / base * (mult - 1)) / math.log1p(mult - 1))
-    reached = lambda i: start(i) <= epoch or math.isclose(start(i), epoch, rel_tol=1e-12)          # noqa: E731
-    while not reached(i):                                               # the formulas for i are rounded: one off, at times
+        i = bisect.bisect(restarts, epoch) if epoch < starts[n] else n + int((epoch - starts[n]) / length(n))
+    elif mult == 1:
+        i = int(epoch / base)
+    else:
+        i = int(math.log1p(epoch / base * (mult - 1)) / math.log1p(mult - 1))
+
+    def reached(i):
+        return start(i) <= epoch or math.isclose(start(i), epoch, rel_tol=1e-12)
+    while not reached(i):
         i -= 1
     while reached(i + 1):
         i += 1
@@ -72,31 +93,35 @@ class SGDR(LRScheduler):
     eta_min: a number, or a sequence with one a run (the last serves all later runs).
     eta_max: likewise; None takes each parameter group's own learning rate.
     base, mult, restarts: as in `run_at`.
-    fractional: False uses the whole epochs in E_cur, so that the rate moves only between epochs (the authors' code).
+    fractional: False uses the whole epochs in E_cur, so that the rate moves only between epochs (the authors'
+    code).
 
-    step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each batch. With
-    one rate for all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
-    last bit. (For mult 3, and late, PyTorch's logarithm rounds a restart into the run before it: epoch 121 of base 1.)
-    `scheduler.run` is the Run of the last step: the alternation of real and synthetic gradients reads run.run.
+    step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each
+    batch. With one rate for all runs, and mult 1 or 2, the values equal
+    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit. (For mult 3, late in training,
+    PyTorch's logarithm rounds a restart into the run before it: epoch 121 of base 1.) `scheduler.run` is the
+    Run of the last step. The alternation of real and synthetic gradients reads run.index.
     """
 
-    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), fractional=True, last_epoch=-1):
+    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), fractional=True,
+                 last_epoch=-1):
         self.base, self.mult, self.restarts, self.fractional = base, mult, list(restarts), fractional
         self.eta_min, self.eta_max = eta_min, eta_max
-        self.run = run_at(0, base, mult, restarts)
+        self.run = run_at(0, base, mult, restarts)                      # which super().__init__ asks for
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self):
         i, elapsed, length = self.run
         rates = []
         for group_rate in self.base_lrs:
-            low, high = per_run(self.eta_min, i), group_rate if self.eta_max is None else per_run(self.eta_max, i)
+            low = per_run(self.eta_min, i)
+            high = group_rate if self.eta_max is None else per_run(self.eta_max, i)
             # eta = eta_min^i + (eta_max^i - eta_min^i) (1 + cos(pi E_cur / E_i)) / 2
             rates.append(low + (high - low) * (1 + math.cos(math.pi * elapsed / length)) / 2)
         return rates
 
     def step(self, epoch=None):
-        """Set the learning rates for `epoch` (fractional or whole, >= 0), or for one epoch after the last step."""
+        """Set the learning rates for `epoch` (fractional or whole, >= 0), or 1 after the last step."""
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         moment = self.last_epoch if self.fractional else math.floor(self.last_epoch)
         self.run = run_at(moment, self.base, self.mult, self.restarts)
@@ -105,7 +130,7 @@ class SGDR(LRScheduler):
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self):
-        """Everything but the optimizer, in plain numbers and lists, so that torch.load(weights_only=True) reads it."""
+        """All but the optimizer, as plain numbers and lists, for torch.load(weights_only=True)."""
         return {**super().state_dict(), "run": list(self.run)}
 
     def load_state_dict(self, state_dict):
@@ -124,4 +149,5 @@ if __name__ == "__main__":
         schedule.step(epoch)
         (i, elapsed, length), [eta] = schedule.run, schedule.get_last_lr()
         gradient = "synthetic" if i % 2 else "real"
-        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  {'#' * round(eta * 5e4)}")
+        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  "
+              + "#" * round(eta * 5e4))

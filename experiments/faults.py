@@ -1,11 +1,12 @@
-"""What can go wrong, on purpose: a run is killed, its files damaged, its disk filled, its input spoilt, again and again.
+"""What can go wrong, on purpose: a training is killed, its files damaged, its disk filled, its input spoilt.
 
     python experiments/faults.py             everything; ends in a table
     python experiments/faults.py --kills 3   fewer kills, all the rest
 
-A kill or a damage is SURVIVED if the run, resumed, ends in the log and the weights of a run that nothing happened to, bit for
-bit. A bad input is survived if train.py answers with one line on stderr that begins "train.py: error:", exit status 2, and
-nothing executed. The table counts both; the exit status is 1 if anything was not survived. POSIX systems only.
+A kill or a damage is SURVIVED if the training, resumed, ends in the log and the weights of one that nothing
+happened to, bit for bit. A bad input is survived if train.py answers with one line on stderr that begins
+"train.py: error:", exit status 2, and nothing executed. The table counts both; the exit status is 1 if
+anything was not survived. POSIX systems only.
 """
 
 import argparse
@@ -29,16 +30,20 @@ import torch
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 MODES = (["bptt"], ["dni"], ["restart", "--gradient", "synthetic"], ["alternating"])
-SMALL = ["--hidden-size", "24", "--embedding-size", "16", "--batch-size", "4", "--bptt", "10", "--valid-batch-size", "2",
-         "--device", "cpu", "--jitter", "--epochs", "7", "--checkpoint-every", "0.005"]
+SMALL = ["--hidden-size", 24, "--embedding-size", 16, "--batch-size", 4, "--bptt", 10, "--jitter",
+         "--valid-batch-size", 2, "--epochs", 7, "--checkpoint-every", 0.005, "--device", "cpu"]
 
 
 def start(*arguments, processes=1, limit=None):
-    """train.py, running, in one process or several; limit: largest file it may write, in bytes, in place of a full disk."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *torchrun, TRAIN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    """train.py at work, in one process or several.
+
+    limit: the largest file it may write, in bytes, in place of a full disk.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), TRAIN, *map(str, arguments)]
+    limited = limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limited)
 
 
 def train(*arguments, **options):
@@ -48,19 +53,19 @@ def train(*arguments, **options):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def result(run):
-    """What a run came to: its log without the seconds, and its last weights."""
-    log = [line.rsplit(",", 1)[0] for line in (run / "log.csv").read_text().splitlines()]
-    return log, torch.load(run / "last.pt", weights_only=True)["model"]
+def result(folder):
+    """What a training came to: its log without the seconds, and its last weights."""
+    log = [line.rsplit(",", 1)[0] for line in (folder / "log.csv").read_text().splitlines()]
+    return log, torch.load(folder / "last.pt", weights_only=True)["model"]
 
 
-def same(run, other):
-    (log, weights), (other_log, other_weights) = result(run), result(other)
+def same(folder, other):
+    (log, weights), (other_log, other_weights) = result(folder), result(other)
     return log == other_log and all(torch.equal(w, other_weights[name]) for name, w in weights.items())
 
 
 def one_line(status, err):
-    """Whether a run ended as a user's mistake does."""
+    """Whether train.py ended as at a user's mistake."""
     return status == 2 and err.count("\n") == 1 and err.startswith("train.py: error: ")
 
 
@@ -68,40 +73,50 @@ def make_corpus(folder):
     """A text of 1,230 words to train on, which obeys a rule."""
     folder.mkdir()
     for split, lines in (("train", 30), ("valid", 4), ("test", 4)):
-        (folder / f"{split}.txt").write_text("".join(" ".join(f"w{(i * i + j) % 23}" for j in range(41)) + "\n" for i in range(lines)))
+        text = [" ".join(f"w{(i * i + j) % 23}" for j in range(41)) + "\n" for i in range(lines)]
+        (folder / f"{split}.txt").write_text("".join(text))
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------ the faults
+# ------------------------------------------------------------------------------------------------- the faults
+
+def mode_of(i, processes):
+    """The mode of the i-th training to be killed, and what belongs to it."""
+    return MODES[i % len(MODES)] if processes == 1 else MODES[-1]
+
 
 def kill(work, corpus, i, number, processes=1):
-    """A run killed by signal `number` at a random moment of its life, and resumed. None, or what was wrong.
+    """A training killed by signal `number` at a random moment, and resumed. None, or what was wrong.
 
     Of several processes SIGKILL hits one; the other signals go to torchrun, which hands them on.
     """
-    draw, mode = random.Random(1000 * number + i), MODES[i % len(MODES)] if processes == 1 else MODES[-1]
-    whole, run = work / (mode[0] if processes == 1 else "two"), work / f"killed{number}-{processes}-{i}"
-    fresh = ["--data", corpus, "--mode", *mode, *SMALL, "--out", run]
+    draw, mode = random.Random(1000 * number + i), mode_of(i, processes)
+    whole = work / (mode[0] if processes == 1 else "two")
+    folder = work / f"killed{number}-{processes}-{i}"
+    fresh = ["--data", corpus, "--mode", *mode, *SMALL, "--out", folder]
     process = start(*fresh, processes=processes)
-    try:                                                                # a part of what the undisturbed run took
-        process.communicate(timeout=draw.uniform(0.4, 1.0) * float((whole / "took").read_text()))
+    # After a part of what the undisturbed training took.
+    moment = draw.uniform(0.4, 1.0) * float((whole / "took").read_text())
+    try:
+        process.communicate(timeout=moment)
     except subprocess.TimeoutExpired:
         victims = [process.pid]
         if processes > 1 and number == signal.SIGKILL:
-            victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split() or victims
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+            victims = children.stdout.split() or victims
         os.kill(int(draw.choice(victims)), number)
         process.communicate()
     if processes == 1 and process.returncode not in (0, -number, 128 + number):
         return f"status {process.returncode}"
-    begun = (run / "settings.json").exists()
-    again = train(*(["--resume", run] if begun else fresh), processes=processes)
+    begun = (folder / "settings.json").exists()
+    again = train(*(["--resume", folder] if begun else fresh), processes=processes)
     if again.returncode:
         return again.stderr
-    return None if same(run, whole) else "another end"
+    return None if same(folder, whole) else "another end"
 
 
 def damages(good, other):
-    """(name, bytes in place of a good checkpoint), among them another model's file and a pickle with code in it."""
+    """(name, bytes in place of a good checkpoint): some of it, another model's, a pickle with code in it."""
     class Code:
         def __reduce__(self):
             return os.mkdir, ("executed",)
@@ -119,25 +134,30 @@ def damages(good, other):
 
 def damage(work, name, content):
     """The newest checkpoint replaced by `content`: the one before is used, which leads to the same end."""
-    run = work / f"damaged, {name}"
-    shutil.copytree(work / "alternating", run)
-    (run / "last.pt").write_bytes(content)
-    again = train("--resume", run)
+    folder = work / f"damaged, {name}"
+    shutil.copytree(work / "alternating", folder)
+    (folder / "last.pt").write_bytes(content)
+    again = train("--resume", folder)
     if again.returncode or "going on from" not in again.stderr or Path("executed").exists():
         return again.stderr or "damage not noticed"
-    return None if same(run, work / "alternating") else "another end"
+    return None if same(folder, work / "alternating") else "another end"
 
 
 def full_disk(work, corpus, limit):
-    """No file may grow beyond `limit` bytes: one line, and what was there before is whole; with room again, the same end."""
-    run = work / f"full-{limit}"
-    train("--data", corpus, "--mode", "alternating", *SMALL, "--out", run, "--max-steps", 50)
-    before = (run / "last.pt").read_bytes()
-    again = train("--resume", run, limit=limit)
-    if not one_line(again.returncode, again.stderr) or (run / "last.pt").read_bytes() != before or list(run.glob("*.partial")):
+    """No file may grow beyond `limit` bytes: one line, and what was there before is whole.
+
+    With room again, the same end.
+    """
+    folder = work / f"full-{limit}"
+    train("--data", corpus, "--mode", "alternating", *SMALL, "--out", folder, "--max-steps", 50)
+    before = (folder / "last.pt").read_bytes()
+    again = train("--resume", folder, limit=limit)
+    unharmed = (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.partial"))
+    if not (one_line(again.returncode, again.stderr) and unharmed):
         return again.stderr or "not noticed"
-    again = train("--resume", run, "--max-steps", 0)
-    return None if again.returncode == 0 and same(run, work / "alternating") else again.stderr or "another end"
+    again = train("--resume", folder, "--max-steps", 0)
+    well = again.returncode == 0 and same(folder, work / "alternating")
+    return None if well else again.stderr or "another end"
 
 
 def refused(arguments):
@@ -153,9 +173,17 @@ def refused(arguments):
     return None if one_line(status, err.getvalue()) else err.getvalue() or "accepted"
 
 
+IMPOSSIBLE = (("--hidden-size", 0), ("--hidden-size", "many"), ("--epochs", -1), ("--batch-size", 10 ** 9),
+              ("--bptt", 10 ** 6), ("--lr", "nan"), ("--lr", -1), ("--clip", 0), ("--dropout-input", 1),
+              ("--dropout-weight", "inf"), ("--zoneout", 2), ("--dni-alpha", -1), ("--dni-lr", "inf"),
+              ("--e-base", 0), ("--restarts", 0), ("--seed", -1), ("--eta-min", 1), ("--mode", "magic"),
+              ("--checkpoint-every", -1))
+
+
 def bad_inputs(work, corpus):
     """(what is wrong, arguments)"""
-    texts = {"empty": b"\n\n", "latin1": "caf\xe9 ".encode("latin1") * 500, "binary": bytes(range(256)) * 50, "short": b"a b c\n"}
+    texts = {"empty": b"\n\n", "latin1": "caf\xe9 ".encode("latin1") * 500,
+             "binary": bytes(range(256)) * 50, "short": b"a b c\n"}
     for name, text in texts.items():
         folder = make_corpus(work / f"corpus-{name}")
         (folder / "train.txt").write_bytes(text)
@@ -165,20 +193,33 @@ def bad_inputs(work, corpus):
     yield "a folder that is not there", ["--data", work / "nowhere"]
     yield "a file for a folder", ["--data", corpus / "train.txt"]
     yield "an output folder in use", ["--data", corpus, "--out", work / "bptt"]
-    yield "an output folder below a file", ["--data", corpus, "--out", corpus / "train.txt" / "run"]
+    yield "an output folder below a file", ["--data", corpus, "--out", corpus / "train.txt" / "training"]
     yield "nothing to resume", ["--resume", work / "nowhere"]
     yield "other settings on resuming", ["--resume", work / "bptt", "--hidden-size", 5]
     yield "an unknown flag", ["--colour", "red"]
     yield "a device that is not there", ["--device", "abacus"]
-    for flag, value in (("--hidden-size", 0), ("--hidden-size", "many"), ("--epochs", -1), ("--batch-size", 10 ** 9), ("--bptt", 10 ** 6),
-                        ("--lr", "nan"), ("--lr", -1), ("--clip", 0), ("--dropout-input", 1), ("--dropout-weight", "inf"), ("--zoneout", 2),
-                        ("--dni-alpha", -1), ("--dni-lr", "inf"), ("--e-base", 0), ("--restarts", 0), ("--seed", -1),
-                        ("--eta-min", 1), ("--mode", "magic"), ("--checkpoint-every", -1)):
+    for flag, value in IMPOSSIBLE:
         yield f"{flag} {value}", ["--data", corpus, flag, value]
 
 
+# -------------------------------------------------------------------------------------------------------- all
+
+def undisturbed(corpus, mode, out, processes=1):
+    """A training that nothing happens to; the file `took` says how many seconds it took."""
+    started = time.monotonic()
+    process = train("--data", corpus, "--mode", *mode, *SMALL, "--out", out, processes=processes)
+    if process.returncode:
+        sys.exit(process.stderr)
+    (out / "took").write_text(str(time.monotonic() - started))
+
+
+def tell(title, name, wrong):
+    outcome = "survived" if wrong is None else "NOT SURVIVED: " + " ".join(wrong.split())[-300:]
+    print(f"{title}: {name}: {outcome}", flush=True)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Kill, damage, fill and spoil; does the run survive?")
+    parser = argparse.ArgumentParser(description="Kill, damage, fill and spoil; does the training survive?")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -187,38 +228,39 @@ def main():
         work = Path(work)
         corpus = make_corpus(work / "corpus")
         os.chdir(work)
-
-        def undisturbed(mode, out, processes=1):
-            started = time.monotonic()
-            process = train("--data", corpus, "--mode", *mode, *SMALL, "--out", out, processes=processes)
-            if process.returncode:
-                sys.exit(process.stderr)
-            (out / "took").write_text(str(time.monotonic() - started))
-        list(pool.map(lambda mode: undisturbed(mode, work / mode[0]), MODES))
-        undisturbed(MODES[-1], work / "two", 2)
+        list(pool.map(lambda mode: undisturbed(corpus, mode, work / mode[0]), MODES))
+        undisturbed(corpus, MODES[-1], work / "two", 2)
         other = work / "other"
         train("--data", corpus, *SMALL, "--hidden-size", 12, "--epochs", 1, "--out", other)
 
-        def run(title, function, cases):
+        def each(title, function, cases):
             """function(*case) -> None or what was wrong, for each (name, case)."""
             nonlocal survived
             cases, failures = list(cases), 0
             for (name, _), wrong in zip(cases, pool.map(lambda case: function(*case[1]), cases)):
-                print(f"{title}: {name}: {'survived' if wrong is None else 'NOT SURVIVED: ' + ' '.join(wrong.split())[-300:]}", flush=True)
+                tell(title, name, wrong)
                 failures += wrong is not None
             table.append((title, len(cases), len(cases) - failures))
             survived = survived and not failures
 
-        run("killed (SIGKILL)", kill, [(f"{i}, {MODES[i % 4][0]}", (work, corpus, i + arguments.seed, signal.SIGKILL)) for i in range(arguments.kills)])
-        run("asked to stop (SIGTERM)", kill, [(str(i), (work, corpus, i, signal.SIGTERM)) for i in range(4)])
-        run("interrupted (SIGINT)", kill, [(str(i), (work, corpus, i, signal.SIGINT)) for i in range(4)])
-        run("one of two processes killed", kill, [(str(i), (work, corpus, i, signal.SIGKILL, 2)) for i in range(max(1, arguments.kills // 10))])
-        run("two processes asked to stop", kill, [("SIGTERM", (work, corpus, 0, signal.SIGTERM, 2))])
-        good, stranger = (work / "alternating" / "last.pt").read_bytes(), (other / "last.pt").read_bytes()
-        run("newest checkpoint damaged", damage, [(name, (work, name, content)) for name, content in damages(good, stranger)])
-        run("disk full", full_disk, [(f"at {limit:,} bytes", (work, corpus, limit)) for limit in (100, 20_000)])
+        def kills(title, number, tries, processes=1):
+            each(title, kill, [(f"{i}, {mode_of(i, processes)[0]}", (work, corpus, i, number, processes))
+                               for i in tries])
+
+        tries = range(arguments.seed, arguments.seed + arguments.kills)
+        kills("killed (SIGKILL)", signal.SIGKILL, tries)
+        kills("asked to stop (SIGTERM)", signal.SIGTERM, range(4))
+        kills("interrupted (SIGINT)", signal.SIGINT, range(4))
+        kills("one of two processes killed", signal.SIGKILL, range(max(1, arguments.kills // 10)), 2)
+        kills("two processes asked to stop", signal.SIGTERM, range(1), 2)
+        good, stranger = ((folder / "last.pt").read_bytes() for folder in (work / "alternating", other))
+        each("newest checkpoint damaged", damage,
+             [(name, (work, name, content)) for name, content in damages(good, stranger)])
+        each("disk full", full_disk,
+             [(f"at {limit:,} bytes", (work, corpus, limit)) for limit in (100, 20_000)])
         with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as programs:
-            run("bad input", lambda given: programs.submit(refused, given).result(), [(name, (given,)) for name, given in bad_inputs(work, corpus)])
+            each("bad input", lambda given: programs.submit(refused, given).result(),
+                 [(name, (given,)) for name, given in bad_inputs(work, corpus)])
         os.chdir("/")
     print("\n| fault | times | survived |\n|---|---|---|")
     for line in table:

@@ -1,7 +1,8 @@
-"""What the studies share: cases, each run once, several at a time, in a log that grows by whole cases and can be gone on with.
+"""What the studies share: cases, each worked once, several at a time, in a log that grows by whole cases.
 
-A log is a CSV file; its first columns name a case, and the rows of a case are written when it has ended. Beside it, the JSON
-file of the same name says what machine and command it comes from.
+A log is a CSV file. Its first columns name a case, and the rows of a case are written when it has ended; so a
+study that was stopped can be gone on with. Beside it, the JSON file of the same name says what machine and
+command it comes from.
 """
 
 import concurrent.futures
@@ -20,15 +21,18 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "experiments" / "logs"
 # Options of train.py for a text that is read once or a few times, too few to be learned by heart.
-UNREGULARISED = [x for name in ("dropout-input", "dropout-hidden", "dropout-output", "activation", "temporal") for x in (f"--{name}", 0)]
+UNREGULARISED = ["--dropout-input", 0, "--dropout-hidden", 0, "--dropout-output", 0,
+                 "--activation", 0, "--temporal", 0]
 sys.path.insert(0, str(ROOT))
-import train                                                                                       # noqa: E402
+from harness import checkpoints                                         # noqa: E402
+from harness.keeper import clock                                        # noqa: E402
 
 
 def processor():
     try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return lines[0].split(":")[1].strip()
+    except (OSError, IndexError):
         return platform.processor()
 
 
@@ -41,21 +45,24 @@ def read(path):
 
 
 def write(path, rows):
-    with train.replacing(path) as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]).encode())
+    lines = [rows[0], *(row.values() for row in rows)]
+    with checkpoints.replacing(path) as file:
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
 def run(log, function, cases, jobs, **facts):
-    """Call function(case) -> rows for each case that `log` lacks, in `jobs` processes; cases and rows are dictionaries.
+    """Call function(case) -> rows for each case that `log` lacks, in `jobs` processes.
 
-    A row begins with its case. facts: what else the JSON file is to say of the runs; a log is not gone on with under other facts.
-    A case that fails is told, and tried again the next time; the exit status is then 1.
+    Cases and rows are dictionaries; a row begins with its case. facts: what else the JSON file is to say; a
+    log is not gone on with under other facts. A case that fails is told, and tried again the next time; the
+    exit status is then 1.
     """
     rows, about, failed = read(log), log.with_suffix(".json"), 0
     history = json.loads(about.read_text()) if about.exists() else []
-    changed = [f"{name} {entry.get(name)}, now {value}" for entry in history for name, value in facts.items() if entry.get(name) != value]
+    changed = [f"{name} {entry.get(name)}, now {value}" for entry in history
+               for name, value in facts.items() if entry.get(name) != value]
     if changed:
-        sys.exit(f"{log} holds runs made with {'; '.join(changed)}: move it away first")
+        sys.exit(f"{log} holds cases made with {'; '.join(changed)}: move it away first")
     done = {tuple(row[name] for name in cases[0]) for row in rows}
     cases = [case for case in cases if tuple(map(str, case.values())) not in done]
     print(f"{log.name}: {len(cases)} runs to do, {jobs} at a time", flush=True)
@@ -77,25 +84,30 @@ def run(log, function, cases, jobs, **facts):
                 rows += future.result()
                 log.parent.mkdir(parents=True, exist_ok=True)
                 write(log, rows)
-                about.write_text(json.dumps(history + [facts] * (facts not in history), indent=1) + "\n")
+                told = history + [facts] * (facts not in history)
+                about.write_text(json.dumps(told, indent=1) + "\n")
                 left = (len(cases) - n) * (time.monotonic() - started) / n
-                print(f"{n}/{len(cases)}, {train.clock(left)} left:", *(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+                last = (f"{name} {value}" for name, value in rows[-1].items())
+                print(f"{n}/{len(cases)}, {clock(left)} left:", *last, flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             sys.exit("stopped; the same command goes on")
     if failed:
-        sys.exit(f"{failed} of {len(cases)} runs failed; the same command tries them again")
+        sys.exit(f"{failed} of {len(cases)} cases failed; the same command tries them again")
 
 
 def train_run(case, arguments, folder):
-    """train.py with `arguments` in `folder`, or going on there, where it refuses if the arguments were others.
+    """train.py with `arguments` in `folder`, or going on there; it refuses if the arguments were others.
 
     Returns the rows of its log, each with its case and the test perplexity.
     """
     where = ["--out", folder]
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
-        where, arguments = ["--resume", folder], arguments[2:] if arguments[0] == "--preset" else arguments   # which a checkpoint knows
-    process = subprocess.run([sys.executable, ROOT / "train.py", *map(str, [*arguments, *where])], capture_output=True, text=True)
+        where = ["--resume", folder]
+        if arguments[0] == "--preset":                                  # which a checkpoint knows
+            arguments = arguments[2:]
+    command = [sys.executable, ROOT / "train.py", *map(str, [*arguments, *where])]
+    process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(f"{case}: {process.stderr.strip()[-500:]}")
     tested = process.stdout.split()[-1]
