@@ -17,6 +17,8 @@ Glossary
 Corpora, by name
     pydoc     the English of Python's reference manual (pydoc_data.topics): needs no file and no network
     ptb, wt2  the canonical files, found in --data-dir or $QRNN_DATA or ./corpora, otherwise downloaded once
+    ptb-chars the characters of ptb, a space as _, a line ended by <eos>: 50 symbols, 5.0 million of them in
+    train
     recall    synthetic, see `recall`
     FOLDER    any folder with train.txt, valid.txt and test.txt: a sentence or paragraph a line, words
               between spaces
@@ -39,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+CORPORA = ("pydoc", "ptb", "ptb-chars", "wt2", "recall")                # by name
 SPLITS = ("train", "valid", "test")
 ENVIRONMENT = "QRNN_DATA"
 HERE = Path(__file__).resolve().parent
@@ -93,6 +96,10 @@ def load_corpus(name, data_dir=None, **recall_options):
         return pydoc()
     if name == "recall":
         return recall(**recall_options)
+    if name == "ptb-chars":
+        words = {split: lines(path) for split, path in find_or_download("ptb", data_dir).items()}
+        spelt = {split: [list("_".join(line)) for line in text] for split, text in words.items()}
+        return from_lines(name, spelt)
     if name in DOWNLOADS:
         paths = find_or_download(name, data_dir)
         return from_lines(name, {split: lines(path) for split, path in paths.items()})
@@ -104,7 +111,7 @@ def load_corpus(name, data_dir=None, **recall_options):
             raise CorpusError(f"{name} has no {' and no '.join(missing)}; "
                               "a corpus folder holds train.txt, valid.txt and test.txt")
         return from_lines(Path(name).resolve().name, {split: lines(paths[split]) for split in SPLITS})
-    raise CorpusError(f"unknown corpus {name!r}: use pydoc, ptb, wt2, recall, "
+    raise CorpusError(f"unknown corpus {name!r}: use pydoc, ptb, ptb-chars, wt2, recall, "
                       "or a folder with train.txt, valid.txt and test.txt")
 
 
@@ -299,7 +306,7 @@ def describe(corpus):
 
 def main(arguments):
     if not 1 <= len(arguments) <= 2:
-        raise CorpusError("usage: python data.py pydoc|ptb|wt2|recall|FOLDER [DATA_DIR]")
+        raise CorpusError("usage: python data.py pydoc|ptb|ptb-chars|wt2|recall|FOLDER [DATA_DIR]")
     corpus = load_corpus(*arguments)
     print(f"{corpus.name}: vocabulary {len(corpus.vocabulary):,}")
     for split in SPLITS:

@@ -81,14 +81,15 @@ class Interface:
         dni.learn()                                                 # towards the target that backward left
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are. optimizer: of g's parameters; None
-    stands for Adam at 1e-3. alpha: the discount α.
+    stands for Adam at 1e-3. alpha: the discount α. bptt: over how many borders g is taught through its
+    memory.
 
     It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
     from. `agreement` measures predictions against targets.
     """
 
-    def __init__(self, g, optimizer=None, alpha=1.0):
-        self.g, self.alpha = g, alpha
+    def __init__(self, g, optimizer=None, alpha=1.0, bptt=1):
+        self.g, self.alpha, self.bptt = g, alpha, bptt
         self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-3)
         self.agreement = Agreement()
         self.reset()
@@ -96,6 +97,7 @@ class Interface:
     def reset(self):
         """Begin another text: h_g is zero, and there is no prediction to learn from."""
         self.memory = self.pending = None
+        self.past = []                                                # the last borders: [(s, h_g before it)]
 
     def credit(self, s, s_next, tokens, inject=True):
         """Ask g about s_k and s_{k+1}. Returns what to add to the loss: (α / T B) Σ δ^_{k+1} · s_{k+1}.
@@ -113,12 +115,17 @@ class Interface:
         return self.alpha / tokens * sum((d * c).sum() for d, c in zip(self.synthesize(s_next), s_next))
 
     def predict(self, s):
-        """δ^_k, with a graph for φ; h_g moves on by one border.
+        """δ^_k, with a graph for φ over the last `bptt` borders; h_g moves on by one border.
 
-        (Departure 6: g's own truncation is one border long. What it writes into h_g is not taught by later
-        errors.)
+        g is a recurrent network too, and learns by truncated backpropagation through its own time, the
+        borders. It runs again over the last states, from the h_g that it had there, so the error of this
+        prediction also teaches what is to be written into h_g before. With bptt = 1 nothing does. (Departure
+        6.)
         """
-        predicted, memory = self.g([c.detach() for c in s], self.memory)
+        self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.bptt:]
+        memory = self.past[0][1]
+        for s, _ in self.past:
+            predicted, memory = self.g(s, memory)
         self.memory = tuple(m.detach() for m in memory) if memory else None
         return predicted
 
@@ -236,7 +243,8 @@ class LayerDNI(nn.Module):
     for it in parameters: one MLP H_l -> 50 -> 50 -> H_l a layer, about 100 H_l. Streams are its batch; it has
     no memory.
 
-    sizes: H_l of each layer. The rest is as in NeuronDNI.
+    sizes: H_l of each layer. hidden_size: 0 makes it one linear map H_l -> H_l a layer. The rest as in
+    NeuronDNI.
     """
 
     def __init__(self, sizes, hidden_size=50, noise=0.0, last_layer=0.0, generator=None):
@@ -244,7 +252,8 @@ class LayerDNI(nn.Module):
         self.noise, self.generator = noise, generator
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(h, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, hidden_size), nn.ReLU(),
-                                                nn.Linear(hidden_size, h)) for h in sizes)
+                                                nn.Linear(hidden_size, h)) if hidden_size else
+                                  nn.Sequential(nn.Linear(h, h)) for h in sizes)
         for mlp in self.mlps:
             start_last_layer(mlp[-1], last_layer)
 

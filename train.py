@@ -39,7 +39,7 @@ from pathlib import Path
 
 import torch
 
-from data import CorpusError, describe, load_corpus, streams
+from data import CORPORA, CorpusError, describe, load_corpus, streams
 from dni import Interface, LayerDNI, NeuronDNI
 from harness import checkpoints, command_line, machine, processes
 from harness.command_line import (ABOVE_0, COUNT, FROM_0, NUMBERS, POSITIVE, RISING, SEED, SHARE, UserError,
@@ -241,7 +241,7 @@ FOR_RECALL = (lambda s: s.data == "recall", "--data recall")
 class Settings:
     """Every setting: default; unit and source; which values can be; beside which others it has an effect."""
     mode: str = setting("alternating", "gradients and rate", ("bptt", "dni", "restart", "alternating"))
-    data: str = setting("pydoc", "pydoc, ptb, wt2, recall, or a folder with train.txt, valid.txt, test.txt")
+    data: str = setting("pydoc", "pydoc, ptb, ptb-chars, wt2, recall, or a folder of train, valid, test.txt")
     gradient: str = setting("real", "as in mode bptt, or in mode dni (Table 2)", ("real", "synthetic"),
                             (lambda s: s.mode == "restart", "--mode restart"))
     first: str = setting("real", "in run 0 (3.2); authors' WT2 commands: synthetic", ("real", "synthetic"),
@@ -285,6 +285,7 @@ class Settings:
     dni_alpha: float = setting(0.9, "discount α; Eq. 1 has none: 1, authors' code: 0.1", FROM_0, FOR_DNI)
     dni_hidden: int = setting(50, "neurons of g (2.2)", COUNT, FOR_DNI)
     dni_lr: float = setting(1e-3, "Adam's learning rate for g", POSITIVE, FOR_DNI)
+    dni_bptt: int = setting(1, "borders through which g is taught (2.2)", COUNT, FOR_NEURON_DNI)
     dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6", FROM_0, FOR_DNI)
     dni_window: int = setting(1, "window of g's QRNN layer; authors' code: 2", COUNT, FOR_NEURON_DNI)
     dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer; authors' code: 0.1", SHARE, FOR_NEURON_DNI)
@@ -304,7 +305,7 @@ class Settings:
     checkpoint_every: float = setting(10.0, "minutes, within an epoch; 0: after every step", FROM_0)
     compile: bool = setting(False, "torch.compile: the same numbers to rounding, faster after a minute")
     data_dir: str = setting("", "folder of PTB and WT2; default $QRNN_DATA, else corpora/", None,
-                            (lambda s: s.data in ("ptb", "wt2"), "--data ptb or wt2"))
+                            (lambda s: s.data in ("ptb", "ptb-chars", "wt2"), "--data ptb, ptb-chars or wt2"))
 
     MAY_CHANGE = ("epochs", "max_steps", "device", "precision", "checkpoint_every", "compile", "data_dir")
 
@@ -345,13 +346,13 @@ def build(s, vocabulary, device):
         g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], **options)
     machine.set_random_state(before, device)
     g_optimizer = torch.optim.Adam(g.to(device).parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused)
-    return model, optimizer, Interface(g, g_optimizer, s.dni_alpha)
+    return model, optimizer, Interface(g, g_optimizer, s.dni_alpha, s.dni_bptt)
 
 
 def main(argv):
     """Train, test the best model, return the exit status. Raises UserError, CorpusError, NotFinite."""
     s, out, resume = command_line.parse(argv, PRESETS, checkpoints.read_settings, __doc__)
-    if s.data not in ("pydoc", "ptb", "wt2", "recall") and Path(s.data).is_dir():
+    if s.data not in CORPORA and Path(s.data).is_dir():
         s = dataclasses.replace(s, data=str(Path(s.data).resolve()))    # to resume from anywhere
     device, mixed = machine.prepare(s.device, s.precision)
     processes.join(device)
@@ -366,7 +367,7 @@ def main(argv):
     divided, sums = [(place, "state")], [(place, "total")]              # what is divided among processes
     if dni:
         parts, generators = {**parts, "dni": dni.g, "dni_optimizer": dni.optimizer}, [dni.g.generator]
-        divided, sums = [*divided, (dni, "memory")], [*sums, (dni.agreement, "sums")]
+        divided, sums = [*divided, (dni, "memory"), (dni, "past")], [*sums, (dni.agreement, "sums")]
     text = processes.own_streams(text, s.seed, generators)              # (L, B / processes) twice
     keeper = Keeper(s, place, parts, divided, sums, generators, device, len(text[0]), corpus.fingerprint(),
                     hint="try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
@@ -385,7 +386,8 @@ def main(argv):
         keeper.load_best()
         print("sampled:", *sample(model, corpus.vocabulary), sep="\n  ")
         loss = evaluate(model, test_tokens, 1, mixed)
-        print(*describe(corpus)[1:], f"test perplexity {perplexity(loss):.2f}", sep="\n")
+        print(*describe(corpus)[1:], f"bits per token {loss / math.log(2):.4f}",
+              f"test perplexity {perplexity(loss):.2f}", sep="\n")
     return 0
 
 

@@ -1,0 +1,212 @@
+"""Does a synthetic gradient help on text? Which kind of g, at which chunk length T, at which learning rate of
+g?
+
+    python experiments/text.py --study rates     each g at five rates, at T of 2 and 5, one seed
+    python experiments/text.py --study memory    g taught through K borders of its own time, in two ways
+    python experiments/text.py --study T         the best rates: T of 2, 5, 10, 20, five seeds
+
+Characters of Penn Treebank. The model is an embedding of 64, one QRNN layer of 256 and a decoder, B = 32,
+Adam at2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, and read the same characters.
+
+    bptt      truncated backpropagation through time
+    full      the loss of a chunk is backpropagated through the 40 steps before its end: the ceiling
+    linear    layer-wise, one linear map 256 -> 256
+    mlp       layer-wise, 256 -> 256 -> 256 -> 256
+    neuron    the paper's: neuron-wise, scalar in and out, memory h_g
+    neuron4   the same, taught through 4 borders of its own time (dni_bptt), at 4 times the cost of g
+    every4    the same, taught through 4 borders, in one update every 4 borders
+    named     neuron-wise, with a learnt vector of 50 numbers for each neuron
+    line      each neuron has its own line, a_i c_i + b_i
+
+The measure is bits per character on the first 200,000 characters of the validation text, and for a g cosine
+and R^2 with its targets in the last fifth of the updates. Resumable: a case that is in the log is not run
+again.
+"""
+
+import argparse
+import math
+import time
+
+import study
+import torch
+import train
+from torch import nn
+
+import data
+from dni import Interface, LayerDNI, NeuronDNI, joined
+from harness import machine
+from qrnn import QRNN, decoder_loss
+
+EMBEDDING, HIDDEN, B, REACH = 64, 256, 32, 40
+UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}
+
+
+class Reader(nn.Module):
+    """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(vocabulary, EMBEDDING), QRNN(EMBEDDING, HIDDEN)
+        self.decoder = nn.Linear(HIDDEN, vocabulary)
+
+    def loss(self, tokens, targets, state=None, *_):
+        h, state = self.rnn(self.embedding(tokens), state)
+        nll = decoder_loss(h.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())
+        return nll, 0.0, state
+
+
+# ------------------------------------------------------------------------------------------------ kinds of g
+
+class Line(nn.Module):
+    """a_i c_i + b_i for neuron i."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(HIDDEN)), nn.Parameter(torch.zeros(HIDDEN))
+
+    def forward(self, s, memory=None):
+        return [self.a * c + self.b for c in s], None
+
+
+class Named(NeuronDNI):
+    """g also gets a learnt vector of 50 numbers for the neuron it looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = nn.Parameter(torch.randn(HIDDEN, 50) / 50 ** 0.5)
+
+    def step(self, c, memory, masks=None):
+        x = self.encode(c).view(-1, *self.names.shape) + self.names     # (B, neurons, 50)
+        h, memory = self.rnn(x.view(1, -1, self.names.shape[1]), memory, masks)
+        return self.decode(h[0]).flatten(), memory
+
+
+class Every(Interface):
+    """g taught through `bptt` borders in one update every `bptt` borders, on the errors of all of them."""
+
+    def reset(self):
+        super().reset()
+        self.errors = []
+
+    def predict(self, s):
+        predicted, self.memory = self.g([c.detach() for c in s], self.memory)
+        return predicted
+
+    def learn(self):
+        predicted, s, tokens = self.pending
+        self.pending = None
+        if predicted:
+            target = [tokens * c.grad for c in s]
+            self.agreement.update(predicted, target)
+            self.errors.append(nn.functional.mse_loss(joined(predicted), joined(target)))
+        if len(self.errors) == self.bptt:
+            self.optimizer.zero_grad(set_to_none=True)
+            (sum(self.errors) / len(self.errors)).backward()
+            self.optimizer.step()
+            self.memory, self.errors = tuple(m.detach() for m in self.memory), []
+
+
+# arm: (g, its interface, K)
+ARMS = {"bptt": None, "full": None,
+        "linear": (lambda: LayerDNI([HIDDEN], 0), Interface, 1),
+        "mlp": (lambda: LayerDNI([HIDDEN], HIDDEN), Interface, 1),
+        "neuron": (NeuronDNI, Interface, 1), "neuron4": (NeuronDNI, Interface, 4),
+        "every4": (NeuronDNI, Every, 4), "named": (Named, Interface, 1), "line": (Line, Interface, 1)}
+
+
+# ------------------------------------------------------------------------------------------------- one case
+
+def full_update(model, optimizer, recent, clip):
+    """An update from the loss of the last of `recent` chunks [(inputs, targets, state before)], through all
+    of them.
+
+    Returns the state after it. The chunks before the last are read again, with the weights of today.
+    """
+    inputs, (_, targets, _) = torch.cat([x for x, _, _ in recent]), recent[-1]
+    h, state = model.rnn(model.embedding(inputs), recent[0][2])
+    h = h[len(inputs) - len(targets):]
+    optimizer.zero_grad(set_to_none=True)
+    decoder_loss(h.flatten(0, 1), model.decoder.weight, model.decoder.bias, targets.flatten()).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return train.cut(state)
+
+
+def one(case, every=10):
+    """A row for each tenth of the updates."""
+    machine.keep_freed_memory()
+    arm, T, updates = case["arm"], case["T"], UPDATES[case["T"]]
+    corpus = data.load_corpus("ptb-chars")
+    inputs, targets = data.streams(corpus.train, B)
+    s = train.Settings(clip=1.0, bptt=T, batch_size=B)
+    torch.manual_seed(case["seed"])
+    model = Reader(len(corpus.vocabulary))
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
+    dni, state, recent, rows, started = None, None, [], [], time.monotonic()
+    if ARMS[arm]:
+        g, kind, K = ARMS[arm]
+        g = g()
+        dni = kind(g, torch.optim.Adam(g.parameters(), case["rate"], fused=True), case["alpha"], K)
+    for k in range(updates):
+        start = k * T % (len(inputs) - T)
+        x, y = inputs[start:start + T], targets[start:start + T]
+        if arm == "full":
+            recent = [*recent, (x, y, state)][-REACH // T:]
+            state = full_update(model, optimizer, recent, s.clip)
+        else:
+            _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, s)
+        if (k + 1) % (updates // every) == 0:
+            bits = train.evaluate(model, corpus.valid[:200_001], B) / math.log(2)
+            cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
+            rows.append({**case, "updates": k + 1, "bits": round(bits, 4), "cosine": round(cosine, 4),
+                         "r2": round(r2, 5), "seconds": round(time.monotonic() - started, 1)})
+            if dni and k + 1 <= updates * 8 // 10:                      # the last fifth is kept
+                dni.agreement.reset()
+    return rows
+
+
+def cases(which, seeds, chosen):
+    """The cases of a study: {arm, T, alpha, rate, seed}, "" where an arm has none. chosen: {arm: rate}."""
+    def case(arm, T, seed, rate="", alpha=1.0):
+        plain = ARMS[arm] is None
+        return dict(arm=arm, T=T, alpha="" if plain else alpha, rate="" if plain else rate, seed=seed)
+    if which == "rates":
+        baselines = [case(arm, T, 0) for T in (2, 5) for arm in ("bptt", "full")]
+        quick, slow = ("linear", "mlp", "line"), ("neuron", "named")
+        return baselines + [case(arm, T, 0, rate) for arms in (quick, slow) for T in (2, 5)
+                            for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-6) for arm in arms]
+    if which == "memory":
+        return [case(arm, 2, seed, rate) for seed in range(2) for rate in (1e-3, 1e-4, 1e-5)
+                for arm in ("neuron", "neuron4", "every4")]
+    return [case(arm, T, seed, chosen.get(arm, "")) for seed in range(seeds) for T in UPDATES for arm in ARMS
+            if arm != "every4"]
+
+
+def best_rates(rows):
+    """{arm: the rate with the fewest bits at the end, at T = 2 and 5 together}; alpha 1, seed 0."""
+    last = {}
+    for row in rows:
+        ended = int(row["updates"]) == UPDATES[int(row["T"])]
+        if ended and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0"):
+            last.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
+    whole = {key: sum(bits) for key, bits in last.items() if len(bits) == 2}
+    return {arm: float(min((bits, rate) for (a, rate), bits in whole.items() if a == arm)[1])
+            for arm in {arm for arm, _ in whole}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Which synthetic gradient helps on text, at what rate?")
+    parser.add_argument("--study", choices=("rates", "memory", "T"), default="rates")
+    parser.add_argument("--seeds", type=int, default=5, help="of study T [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time [%(default)s]")
+    a = parser.parse_args()
+    log = study.LOGS / "text.csv"
+    chosen = best_rates(study.read(log))
+    if a.study == "T" and not chosen:
+        parser.error("run --study rates first")
+    model = f"QRNN of {HIDDEN}, embedding {EMBEDDING}, B = {B}, Adam 0.002, clip 1"
+    study.run(log, one, cases(a.study, a.seeds, chosen), a.jobs, model=model, updates=str(UPDATES))
+
+
+if __name__ == "__main__":
+    main()
