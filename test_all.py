@@ -946,6 +946,16 @@ def test_the_noise_on_what_g_sees(dni):
     assert once[1000] == 0 and factors.unique().numel() > 1900    # c = 0 stays 0; no two neurons share a draw
 
 
+def test_the_linear_interface_is_one_affine_map_per_layer():
+    """LayerDNI with hidden_size 0 gives W c + b for each layer, with H^2 + H parameters."""
+    g = LayerDNI([4, 3], 0, last_layer=0.5).double()
+    assert machine.parameters(g) == 4 * 4 + 4 + 3 * 3 + 3
+    a, b = ([torch.randn(2, h, **DOUBLE) for h in (4, 3)] for _ in range(2))
+    between = [0.3 * x + 0.7 * y for x, y in zip(a, b)]
+    close(g(between)[0], [0.3 * x + 0.7 * y for x, y in zip(g(a)[0], g(b)[0])])
+    assert (g(a)[0][0] - g(b)[0][0]).abs().min() > 0
+
+
 def test_parameters_do_not_grow_with_the_neurons():
     """phi is the same for 1 neuron and the paper's 101,000. A layer-wise DNI is 10 to 100 times as large."""
     count = machine.parameters
@@ -1692,6 +1702,7 @@ def log_of(folder):
 def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
     """Interrupted within an epoch and resumed, a training logs and tests as a straight one, bit for bit."""
     noise = [] if mode in (["bptt"], ["restart"]) else ["--dni-hidden", 5, "--dni-noise", 0.5]
+    noise += ["--dni-bptt", 3] if mode[0] == "dni" else []
     arguments = ["--data", corpus, "--mode", *mode, *TINY, *noise, "--jitter", "--lr", "0.02"]
     straight = program(*arguments, "--epochs", 4, "--out", tmp_path / "straight")
     assert straight.returncode == 0, straight.stderr
@@ -1722,6 +1733,9 @@ def test_a_run_goes_on_in_another_folder(corpus, tmp_path):
     assert train.command(["--data", str(corpus), *TINY, "--epochs", "3", "--out", str(straight)]) == 0
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert log_of(new) == log_of(straight)
+    tested = program("--resume", old, "--out", tmp_path / "tested")     # no epoch is left: OLD's best is tested
+    assert tested.returncode == 0 and "only tested" in tested.stdout
+    assert (tmp_path / "tested" / "best.pt").read_bytes() == before["best.pt"]
     assert "already holds a training" in bad_input("--resume", old, "--epochs", 3, "--out", new)
 
 
@@ -1733,7 +1747,8 @@ def test_two_processes_are_one(corpus, tmp_path):
     N is 2, then 1, then 2 again, each going on from the last. With dropout, each process has masks of its
     own, and the model is as good.
     """
-    arguments = ["--data", corpus, *TINY, "--jitter", "--lr", "0.02", "--epochs", 4, "--precision", "fp32"]
+    arguments = ["--data", corpus, *TINY, "--jitter", "--lr", "0.02", "--epochs", 4, "--precision", "fp32",
+                 "--dni-bptt", 2]
     no_dropout = [f"--dropout-{place}=0" for place in ("input", "hidden", "output")]
     for name, dropout in (("without", no_dropout), ("with", [])):
         one, run = tmp_path / f"{name}-one", tmp_path / name
@@ -1776,6 +1791,8 @@ def test_a_signal_ends_the_run_after_the_step(number, corpus, tmp_path, monkeypa
     assert run.returncode == 128 + number and not run.stderr and len(steps) == 45
     last = run.stdout.split("\n")[-2]
     assert last == f"interrupted after 41% of epoch 2; go on with --resume {tmp_path / 'run'}"
+    place = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["place"]
+    assert (place["epoch"], place["start"]) == (1, 130)
     resumed = program("--resume", tmp_path / "run")
     assert resumed.returncode == 0, resumed.stderr
     assert log_of(tmp_path / "run") == log_of(tmp_path / "straight")

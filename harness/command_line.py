@@ -122,11 +122,19 @@ def check(settings, given=()):
 
 
 def run(main, argv, mistakes=(), memory_hint=""):
-    """main(argv), with every failure a user can cause or cure told in one line on stderr. Returns the exit
-    status.
+    """main(argv), with what a user can cause or cure told in one line on stderr. Returns the exit status.
 
     mistakes: further classes of errors that are the user's. memory_hint: what to try where memory is short.
+    One of several processes ends here: now and then gloo's threads abort it while Python takes itself apart.
     """
+    status = told(main, argv, mistakes, memory_hint)
+    if dist.is_initialized():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def told(main, argv, mistakes, memory_hint):
     rank = int(os.environ.get("RANK", 0))
     me = f"train.py, process {rank}" if rank else "train.py"
     warnings.showwarning = lambda message, *_: print(f"train.py: {message}", file=sys.stderr)

@@ -77,8 +77,7 @@ class Keeper:
             checkpoints.save(content, out / "last.pt")
             if (resume / "best.pt").exists():
                 shutil.copyfile(resume / "best.pt", out / "best.pt")
-        (out / "log.csv").unlink(missing_ok=True)                       # it may be ahead of the checkpoint
-        self.write_log()
+        self.write_log()                                                # it may be ahead of the checkpoint
         if begun and self.place.epoch >= self.settings.epochs:
             print(f"{resume} has done its {self.place.epoch} epochs, so it is only tested; "
                   "ask for more with --epochs", flush=True)
