@@ -1733,7 +1733,7 @@ def test_a_run_goes_on_in_another_folder(corpus, tmp_path):
     assert train.command(["--data", str(corpus), *TINY, "--epochs", "3", "--out", str(straight)]) == 0
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     assert log_of(new) == log_of(straight)
-    tested = program("--resume", old, "--out", tmp_path / "tested")                    # no epoch is left to do
+    tested = program("--resume", old, "--out", tmp_path / "tested")     # with no epoch left to do
     assert tested.returncode == 0 and "only tested" in tested.stdout
     assert (tmp_path / "tested" / "best.pt").read_bytes() == before["best.pt"]
     assert "already holds a training" in bad_input("--resume", old, "--epochs", 3, "--out", new)
