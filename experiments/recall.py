@@ -121,9 +121,11 @@ class Line(nn.Module):
 
 
 class Named(NeuronDNI):
+    neurons = NEURONS
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.names = nn.Parameter(torch.randn(NEURONS, 50) / 50 ** 0.5)
+        self.names = nn.Parameter(torch.randn(self.neurons, 50) / 50 ** 0.5)
 
     def step(self, c, memory, masks=None):
         x = self.encode(c).view(-1, *self.names.shape) + self.names     # (B, neurons, 50)

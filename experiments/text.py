@@ -27,6 +27,7 @@ import argparse
 import math
 import time
 
+import recall
 import study
 import torch
 import train
@@ -68,17 +69,9 @@ class Line(nn.Module):
         return [self.a * c + self.b for c in s], None
 
 
-class Named(NeuronDNI):
+class Named(recall.Named):
     """g also gets a learnt vector of 50 numbers for the neuron it looks at."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = nn.Parameter(torch.randn(HIDDEN, 50) / 50 ** 0.5)
-
-    def step(self, c, memory, masks=None):
-        x = self.encode(c).view(-1, *self.names.shape) + self.names     # (B, neurons, 50)
-        h, memory = self.rnn(x.view(1, -1, self.names.shape[1]), memory, masks)
-        return self.decode(h[0]).flatten(), memory
+    neurons = HIDDEN
 
 
 class Every(Interface):
