@@ -60,6 +60,19 @@ What happens in chunk k, between the borders k and k + 1:
 In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
 corrected.
 
+What can g know? Let the model, in state s, give the probability P_s(x) to the words x that follow. The loss
+to come is then -log P_s(x). Suppose that the model is calibrated: given s, words do follow with these
+probabilities. Then the mean of the gradient of s, over all that may follow s, is
+
+    E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
+
+and the best prediction from s alone is zero. Yet truncation loses something. The lost gradient of θ is the
+mean of (ds/dθ)ᵀ δ, and ds/dθ depends on words that s has forgotten. So g can know two things only: what
+the model does not make use of yet, which shrinks as it learns, and what g sees and s does not, such as h_g.
+Both are small beside the noise of a single gradient. So g must take a mean over many borders: its learning
+rate must be small. (Proved by counting in test_all.py, test_what_a_state_can_tell; measured on text in
+experiments/results.md.)
+
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
 Run `python dni.py` to see g learn a gradient it can know and fail at one it cannot.

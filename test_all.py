@@ -1056,6 +1056,55 @@ def test_agreement_measures_cosine_and_r2():
     assert agreement.result() == pytest.approx(by_definition(p.flatten(), t.flatten()), rel=1e-4)
 
 
+def two_state_chain(stay):
+    """{four words: their probability}. A hidden state, 0 or 1, stays with probability `stay` from word to
+    word. A word is the state with probability 0.8, and else the other."""
+    def joint(words, hidden):
+        moves = (stay if a == b else 1 - stay for a, b in itertools.pairwise(hidden))
+        return 0.5 * math.prod(moves) * math.prod(0.8 if w == h else 0.2 for w, h in zip(words, hidden))
+    strings = list(itertools.product((0, 1), repeat=4))
+    return {words: sum(joint(words, hidden) for hidden in strings) for words in strings}
+
+
+def expected_gradients(text, model):
+    """Words 1 and 2 are read, then comes a border, then words 3 and 4 are predicted.
+
+    text, model: chains. The state s is -1 or 1 for word 2, plus θ = 0 times the same for word 1. From s, and
+    from word 3 for word 4, the model predicts what its own chain says when word 1 is unknown. Returns the
+    mean of dL/ds for each value of s, times its probability, and that of the gradient of θ. All of the latter
+    crosses the border.
+    """
+    def logit(known):                                                   # of a 1, after these words from word 2
+        zero, one = (sum(p for words, p in model.items() if words[1:2 + len(known)] == (*known, w))
+                     for w in (0, 1))
+        return math.log(one / zero)
+    theta = torch.zeros((), **DOUBLE, requires_grad=True)
+    of_s, of_theta = [0.0, 0.0], 0.0
+    for (w1, w2, *future), p in text.items():
+        s, loss = 2 * w2 - 1 + theta * (2 * w1 - 1), 0.0
+        for k, word in enumerate(future):
+            low, high = logit((0, *future[:k])), logit((1, *future[:k]))
+            x = (low + high) / 2 + (high - low) / 2 * s                 # `low` at s = -1, `high` at s = 1
+            loss = loss - F.logsigmoid(x if word else -x)
+        ds, dtheta = torch.autograd.grad(loss, (s, theta))
+        of_s[w2] += p * ds.item()
+        of_theta += p * dtheta.item()
+    return of_s, of_theta
+
+
+def test_what_a_state_can_tell():
+    """"What can g know?" in dni.py, by counting all texts of four words. A calibrated model: the mean of dL/ds
+    given s is zero, so no g(s) beats zero, although truncation does lose a gradient. The same model on texts
+    of another chain: the mean is not zero, so there is something to know.
+    """
+    model = two_state_chain(stay=0.9)
+    of_s, of_theta = expected_gradients(model, model)
+    assert of_s == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert of_theta < -0.05
+    of_s, _ = expected_gradients(two_state_chain(stay=0.6), model)
+    assert of_s[0] < -0.04 and of_s[1] > 0.04
+
+
 # ------------------------------------------------------------------------------------------- 8. warm restarts
 
 def optimizer_with(*rates):
