@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from pathlib import Path
 
@@ -1071,10 +1072,10 @@ def expected_gradients(text, model):
 
     text, model: chains. The state s is -1 or 1 for word 2, plus θ = 0 times the same for word 1. From s, and
     from word 3 for word 4, the model predicts what its own chain says when word 1 is unknown. Returns the
-    mean of dL/ds for each value of s, times its probability, and that of the gradient of θ. All of the latter
-    crosses the border.
+    mean of dL/ds for each value of s, times its probability, and that of the gradient of θ. All of the
+    latter crosses the border.
     """
-    def logit(known):                                                   # of a 1, after these words from word 2
+    def logit(known):                                                  # of a 1, after these words from word 2
         zero, one = (sum(p for words, p in model.items() if words[1:2 + len(known)] == (*known, w))
                      for w in (0, 1))
         return math.log(one / zero)
@@ -1093,9 +1094,9 @@ def expected_gradients(text, model):
 
 
 def test_what_a_state_can_tell():
-    """"What can g know?" in dni.py, by counting all texts of four words. A calibrated model: the mean of dL/ds
-    given s is zero, so no g(s) beats zero, although truncation does lose a gradient. The same model on texts
-    of another chain: the mean is not zero, so there is something to know.
+    """"What can g know?" in dni.py, by counting all texts of four words. A calibrated model: the mean of
+    dL/ds given s is zero, so no g(s) beats zero, although truncation does lose a gradient. The same model on
+    texts of another chain: the mean is not zero, so there is something to know.
     """
     model = two_state_chain(stay=0.9)
     of_s, of_theta = expected_gradients(model, model)
@@ -2338,6 +2339,73 @@ def test_a_terminal_target_of_zero_injects_nothing(studies):
     assert (weights[False, True] - weights[False, False]).abs().max() > 1e-5
 
 
+def test_a_longer_reach_of_text(studies):
+    """text.py's ceiling: the gradient of the last chunk's loss alone, through all the chunks before it."""
+    text, T = studies("text"), 5
+    tokens = torch.randint(7, (3 * T + 1, 4))
+    chunks = [(tokens[k * T:][:T], tokens[k * T + 1:][:T]) for k in range(3)]
+    weights = []
+    for form in ("full", "by hand"):
+        torch.manual_seed(3)
+        model, state = text.Reader(7), None
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        if form == "full":
+            text.full_update(model, optimizer, [(x, y, None) for x, y in chunks], 1e9)
+        else:
+            for x, y in chunks:
+                loss, _, state = model.loss(x, y, state)
+            loss.backward()
+            optimizer.step()
+        weights.append([p.detach() for p in model.parameters()])
+    close(*weights)
+
+
+def test_two_ways_to_teach_g_through_four_borders(studies):
+    """text.py's `every4`: one step on the mean of the errors of four borders, through one graph of them."""
+    text = studies("text")
+    states, targets = torch.randn(8, 3, text.HIDDEN), torch.randn(8, 3, text.HIDDEN)
+    torch.manual_seed(0)
+    g = NeuronDNI(5, last_layer=0.5)
+    by_hand, memory = copy.deepcopy(g), None
+    dni, optimizer = text.Every(g, torch.optim.SGD(g.parameters(), 1.0), 1.0, 4), torch.optim.SGD(
+        by_hand.parameters(), 1.0)
+    for k, (c, d) in enumerate(zip(states, targets)):
+        s = [c.clone().requires_grad_()]
+        dni.credit(s, [s[0] * 1.0], tokens=2, inject=False)
+        s[0].grad = d / 2                                               # of a mean over 2 tokens
+        before = [p.clone() for p in g.parameters()]
+        dni.learn()
+        assert (k % 4 == 3) == any(not torch.equal(a, b) for a, b in zip(before, g.parameters()))
+    for four in range(2):
+        errors = []
+        for c, d in list(zip(states, targets))[4 * four:4 * four + 4]:
+            (predicted,), memory = by_hand([c], memory)
+            errors.append((predicted - d).square().mean())
+        optimizer.zero_grad()
+        torch.stack(errors).mean().backward()
+        optimizer.step()
+        memory = tuple(m.detach() for m in memory)
+    close([p.detach() for p in g.parameters()], [p.detach() for p in by_hand.parameters()])
+
+
+def test_the_best_rate_of_text(studies):
+    """text.py takes along the rate with the fewest bits at T = 2 and 5 together: at the end, α 1, seed 0."""
+    text = studies("text")
+
+    def row(rate, T, bits, updates=None, alpha="1.0", seed="0", arm="linear"):
+        return dict(arm=arm, T=T, alpha=alpha, rate=rate, seed=seed, bits=bits,
+                    updates=str(updates or text.UPDATES[int(T)]))
+    rows = [row("0.1", "2", "2.5"), row("0.1", "5", "2.5"), row("0.01", "2", "2.3"), row("0.01", "5", "2.6"),
+            row("0.01", "5", "1.0", updates=10), row("0.1", "2", "1.0", seed="1"),
+            row("1.0", "2", "1.0"), row("0.2", "2", "1.0", alpha="0.9"), row("0.2", "5", "1.0", alpha="0.9"),
+            row("", "2", "1.0", arm="bptt"), row("", "5", "1.0", arm="bptt")]
+    assert text.best_rates(rows) == {"linear": 0.01}
+    cases = text.cases("T", {"linear": 0.01})
+    assert {c["rate"] for c in cases if c["arm"] == "linear"} == {0.01}
+    assert {(c["T"], c["seed"]) for c in cases if c["arm"] == "bptt"} == set(
+        itertools.product(text.UPDATES, range(5)))
+
+
 def test_what_can_be_known_is_learned(studies, monkeypatch):
     """taught.py, with c^2 as the gradient: the neuron-wise g knows it unseen, and g(c) = w c does not."""
     recall, taught = studies("recall"), studies("taught")
@@ -2348,6 +2416,25 @@ def test_what_can_be_known_is_learned(studies, monkeypatch):
     assert abs(rows["line"]["cosine"]) < 0.1 and rows["neuron"]["r2"] > 0.9
     table = studies("report").taught([{name: str(x) for name, x in row.items()} for row in rows.values()])
     assert "| neuron-wise DNI | {r2:.2f}, {cosine:.2f} |".format(**rows["neuron"]) in table
+
+
+def test_what_can_be_known_of_text_is_learned(studies, monkeypatch):
+    """The same on text. The texts follow one another, from where the model has stopped to read."""
+    recall, taught, text = studies("recall"), studies("taught"), studies("text")
+    read, passed = [], torch.randn(12, 8, text.HIDDEN)
+    corpus = types.SimpleNamespace(train=torch.arange(32 * 4001) % 4001, vocabulary=range(4001))
+    monkeypatch.setattr(data, "load_corpus", lambda name: corpus)
+
+    def future_gradients(model, x, y, T):
+        assert T == 2 and torch.equal((x + 1) % 4001, y)
+        read.extend(x[:, 0].tolist())
+        return [([c], [7 * c * c]) for c in passed[torch.randperm(12)]]
+    monkeypatch.setattr(recall, "future_gradients", future_gradients)
+    for arm, known in (("neuron", True), ("line", False)):
+        rows = taught.one_of_text(dict(arm=arm, rate=3e-3, seed=0), updates=2, counts=(5, 20))
+        assert [row["borders"] for row in rows] == [5 * 9 * 32, 20 * 9 * 32]
+        assert (rows[-1]["r2"] > 0.8) == known, (arm, rows)
+    assert read == 2 * list(range(4, 4 + 20 * 160))
 
 
 @SLOW
@@ -2405,7 +2492,16 @@ def test_the_tables_say_what_a_hand_would(studies):
     assert ("| neuron-wise DNI | not to hand | 8.00 ± 2.83, 2 seeds, rate 0.1 | not run at this scale |"
             in text)
     assert "| ptb | neuron-wise DNI less truncated BPTT | 2 | -2.00 ± 1.41 |" in text
-    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 6
+    bits = {("bptt", "", "0"): 3.0, ("full", "", "0"): 2.0, ("linear", "0.1", "0"): 2.5,
+            ("bptt", "", "1"): 3.5, ("full", "", "1"): 2.5, ("linear", "0.1", "1"): 2.7,
+            ("linear", "0.1", "2"): 2.6}
+    rows = [dict(arm=arm, T=T, alpha=rate and "1.0", rate=rate, seed=seed, updates=updates, bits=str(end),
+                 cosine="0.5", r2="0.25") for (arm, rate, seed), end in bits.items()
+            for T, updates in (("2", "10000"), ("5", "8000"))]
+    text = report.characters(rows)
+    assert "| 2 | layer-wise, one linear map | 0.1 | 3 | 2.600 ± 0.100 | 0.650 ± 0.212 | 0.65 ± 0.21 |" in text
+    assert "| layer-wise, one linear map | 2.500 (+0.250) |" in text
+    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 9
 
 
 def test_the_house():

@@ -254,8 +254,8 @@ def test(model, inputs, targets):
     return accuracy.item(), math.exp(nll)
 
 
-def future_gradients(model, inputs, targets, alpha=1.0):
-    """[(c, gradient)] of the borders of a text, each a list of (B, H).
+def future_gradients(model, inputs, targets, T=T, alpha=1.0):
+    """[(c, gradient)] of the borders of a text in chunks of T, each a list of (B, H).
 
     The gradient is that of all loss to come, with a factor alpha a border.
     """
@@ -278,7 +278,7 @@ def truth(model, g, inputs, targets, alpha=1.0):
 
     It is that of the borders in the middle half of the text.
     """
-    borders, memory, agreement = future_gradients(model, inputs, targets, alpha), None, Agreement()
+    borders, memory, agreement = future_gradients(model, inputs, targets, alpha=alpha), None, Agreement()
     for k, (c, gradient) in enumerate(borders):
         with torch.no_grad():
             predicted, memory = g(c, memory)

@@ -16,8 +16,8 @@ from harness.machine import parameters
 
 OUT = study.ROOT / "experiments"
 REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
-LOGS = ("recall", "recall-pairs", "recall-answers", "taught", "truncation",
-        *REPRODUCED["small"], *REPRODUCED["paper"])
+LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "recall-pairs", "recall-answers", "taught",
+        "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT",
@@ -40,8 +40,19 @@ NAMES = {"bptt": "truncated BPTT",
          "terminal": "neuron-wise, zero at the end of short texts"}
 ORDER = ("bptt", "cut", "full", "neuron", "window", "amnesic", "memory", "scaled", "terminal", "line",
          "shuffled", "swapped", "named", "layer")
+# The arms of text.py.
+TEXT = {"bptt": "truncated BPTT",
+        "full": "longer BPTT (the ceiling)",
+        "linear": "layer-wise, one linear map",
+        "mlp": "layer-wise, MLP",
+        "neuron": "neuron-wise (the paper's)",
+        "neuron4": "neuron-wise, taught through 4 borders at each border",
+        "every4": "neuron-wise, taught through 4 borders at every fourth",
+        "named": "neuron-wise, each neuron named",
+        "line": "each neuron its own line"}
 RED, BLUE, GREEN, GREY = "#d62728", "#1f77b4", "#2ca02c", "0.35"
 COLOURS = {"bptt": GREY, "full": GREEN, "neuron": RED, "layer": BLUE,
+           "linear": BLUE, "mlp": "#17becf", "line": "#ff7f0e",
            "dni": RED, "restart": GREY, "dni-restart": RED, "alternating": BLUE}
 
 
@@ -74,10 +85,10 @@ def quartiles(values):
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def spread(values, digits=2):
-    """mean ± standard deviation over n values"""
+def spread(values, digits=2, alone=" (one seed)"):
+    """mean ± standard deviation over n values; `alone` is said of a single one"""
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else " (one seed)")
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else alone)
 
 
 def borders_of(b):
@@ -101,6 +112,117 @@ def made_by(log):
         commands.setdefault(where, []).append(f"`{command}`")
     made = " And by ".join(f"{', '.join(those)} {where}" for where, those in commands.items())
     return f"Made by {made} Log: `{log.relative_to(study.ROOT)}`.\n"
+
+
+def ends(rows):
+    """{(arm, T, alpha, rate): {seed: the last row}}"""
+    found = {}
+    for row in last_of(rows, "arm", "T", "alpha", "rate", "seed"):
+        found.setdefault((row["arm"], row["T"], row["alpha"], row["rate"]), {})[row["seed"]] = row
+    return found
+
+
+def bits_of(its):
+    return {seed: float(row["bits"]) for seed, row in its.items()}
+
+
+def given_back(found, key):
+    """{seed: (fewer bits than truncated BPTT's, the same as a share of what longer BPTT gains)}."""
+    T, gains = key[1], {}
+    truncated, ceiling = (bits_of(found.get((arm, T, "", ""), {})) for arm in ("bptt", "full"))
+    for seed, bits in bits_of(found[key]).items():
+        if seed in truncated and seed in ceiling:
+            gain = truncated[seed] - bits
+            gains[seed] = gain, gain / (truncated[seed] - ceiling[seed])
+    return gains
+
+
+def at_best(rows):
+    """{(arm, T): key of `ends`}: each arm at α = 1 and the rate that text.py takes along."""
+    from text import ARMS, best_rates
+    best, found = best_rates(rows), ends(rows)
+    return {(arm, T): (arm, T, alpha, rate) for arm in ARMS for (a, T, alpha, rate) in found
+            if a == arm and alpha in ("", "1.0") and rate in ("", str(best.get(arm)))}
+
+
+def text_rates(rows):
+    """Bits at every rate of g, T = 2 and 5, seed 0."""
+    found = ends(having(rows, seed="0"))
+    rates = sorted({row["rate"] for row in rows if row["rate"]}, key=float, reverse=True)
+    lines = []
+    for T in ("2", "5"):
+        plain = [f"{TEXT[arm]} {bits_of(found[arm, T, '', ''])['0']:.3f}" for arm in ("bptt", "full")]
+        lines.append([f"**T = {T}**: {', '.join(plain)}", *[""] * len(rates)])
+        for arm in TEXT:
+            mine = [found.get((arm, T, "1.0", rate), {}).get("0") for rate in rates]
+            if any(mine):
+                lines.append([TEXT[arm], *(row and f"{float(row['bits']):.3f} ({float(row['r2']):+.3f})" or ""
+                                           for row in mine)])
+    return ("Bits per character, and in brackets R² with g's own targets in the last fifth. One seed.\n\n"
+            + table(["g, its learning rate:", *rates], lines))
+
+
+def text_lengths(rows, keys):
+    """Bits, gain and share for each T and arm; keys: of `at_best`."""
+    found, lines = ends(rows), []
+    for T in sorted({T for _, T in keys}, key=int):
+        for arm in TEXT:
+            key = keys.get((arm, T))
+            if not key:
+                continue
+            its, gains = found[key], given_back(found, key)
+            line = [T, TEXT[arm], key[3] or "-", len(its), spread(list(bits_of(its).values()), 3, "")]
+            if arm == "bptt" or not gains:
+                line += ["", ""]
+            else:
+                line.append(spread([gain for gain, _ in gains.values()], 3, ""))
+                line.append("" if arm == "full" else spread([share for _, share in gains.values()], alone=""))
+            of_g = key[3] and [spread(numbers(its.values(), name), 3, "") for name in ("cosine", "r2")]
+            lines.append(line + (of_g or ["", ""]))
+    return table(["T", "", "rate of g", "seeds", "bits", "fewer than truncated BPTT, same seed",
+                  "share of the ceiling's", "cosine with target", "R²"], lines)
+
+
+def text_alphas(rows):
+    """Gain over truncated BPTT for each α."""
+    from text import best_rates
+    best, found, lines = best_rates(rows), ends(rows), []
+    alphas = ("0.1", "0.9", "1.0")
+    for T in ("2", "5"):
+        for arm in ("linear", "mlp", "neuron"):
+            keys = [(arm, T, alpha, str(best.get(arm))) for alpha in alphas]
+            if all(key in found for key in keys):
+                gains = [{seed: gain for seed, (gain, _) in given_back(found, key).items()} for key in keys]
+                seeds = set.intersection(*map(set, gains))
+                lines.append([T, TEXT[arm], len(seeds),
+                              *(spread([g[seed] for seed in sorted(seeds)], 3, "") for g in gains)])
+    return table(["T", "", "seeds", *(f"α = {alpha}" for alpha in alphas)], lines) if lines else ""
+
+
+def characters(rows):
+    parts = [text_rates(rows), "Each g at its best rate, α = 1.\n\n" + text_lengths(rows, at_best(rows))]
+    alphas = text_alphas(rows)
+    if alphas:
+        parts.append("The discount α: fewer bits than truncated BPTT, same seeds.\n\n" + alphas)
+    return "\n".join(parts)
+
+
+def words(rows):
+    keys = {key[:2]: key for key in ends(rows)}
+    return "Bits per word.\n\n" + text_lengths(rows, keys)
+
+
+def taught_text(rows):
+    """R² of each g with the true gradient, by the borders it has learned from, at its best rate."""
+    lines, counts = [], sorted({row["borders"] for row in rows}, key=int)
+    for (arm,), mine in groups(rows, "arm").items():
+        last = groups(having(mine, borders=counts[-1]), "rate")
+        (best,) = max(last, key=lambda rate: statistics.mean(numbers(last[rate], "r2")))
+        mine = having(mine, rate=best)
+        lines.append([TEXT[arm], best, *(spread(numbers(having(mine, borders=n), "r2"), 4) for n in counts)])
+    return ("R² with the true gradient, of predictions made before learning from it, by the number of "
+            "borders that g has learned from, each stream's counted; at the rate that is best in the end.\n\n"
+            + table(["", "rate of g", *(f"{int(n):,}" for n in counts)], lines))
 
 
 def recall(rows):
@@ -245,6 +367,37 @@ def differences_and_search(rows):
 
 # ---------------------------------------------------------------------------------------------------- figures
 
+def figure_text(plt, rows):
+    """Bits, share of the gap and R² against T, each arm at its best rate."""
+    found, keys = ends(rows), at_best(rows)
+    lengths = sorted({T for _, T in keys}, key=int)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+    for arm in ("bptt", "full", "linear", "mlp", "neuron", "line"):
+        look = dict(color=COLOURS[arm], label=TEXT[arm], marker="o", markersize=4, capsize=2)
+        mine = [keys[arm, T] for T in lengths if (arm, T) in keys]
+
+        def draw(axis, values):
+            """values: a list a T."""
+            axis.errorbar([int(key[1]) for key in mine], [statistics.mean(v) for v in values],
+                          [statistics.stdev(v) if len(v) > 1 else 0 for v in values], **look)
+        draw(left, [list(bits_of(found[key]).values()) for key in mine])
+        if arm not in ("bptt", "full"):
+            draw(middle, [[share for _, share in given_back(found, key).values()] for key in mine])
+            draw(right, [numbers(found[key].values(), "r2") for key in mine])
+    left.set(ylabel="bits per character", title="validation text")
+    middle.set(ylabel="share", title="share of the truncation gap given back")
+    right.set(ylabel="R²", title="R² of g with its targets")
+    middle.axhline(0, color="0.35", linewidth=0.8)
+    right.axhline(0, color="0.35", linewidth=0.8)
+    for axis in (left, middle, right):
+        axis.set_xscale("log")
+        axis.set_xticks([int(T) for T in lengths], lengths)
+        axis.minorticks_off()
+        axis.set(xlabel="T, characters of a chunk")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    return figure
+
+
 def figure_recall(plt, studies):
     """A row of panels for each study, a panel for each number of borders.
 
@@ -343,6 +496,10 @@ def results(logs):
         shown = [f"![{title}]({picture})\n"] if picture else []
         text.append("\n".join([*shown, body(rows), *(made_by(study.LOGS / f"{name}.csv") for name in there)]))
 
+    section("Does it help on text? `text.py`", characters, logs["text"], "text", picture="text.png")
+    section("On words. `text.py --study words`", words, logs["text-words"], "text-words")
+    section("What could be known on text: `taught.py --data ptb-chars`", taught_text,
+            logs["taught-ptb-chars"], "taught-ptb-chars")
     section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
     section("Is it credit for the symbol? `recall.py --study pairs`", recall,
             logs["recall-pairs"], "recall-pairs")
@@ -374,7 +531,7 @@ def main():
     studies = [(counts, logs[name]) for counts, name in (("every word counts", "recall"),
                                                          ("answers alone count", "recall-answers"))]
     studies = [(counts, rows) for counts, rows in studies if rows]
-    for name, draw, rows in (("recall", figure_recall, studies),
+    for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, studies),
                              ("truncation", figure_truncation, logs["truncation"]),
                              ("curves", figure_curves, logs["reproduce-small-ptb"])):
         if rows:

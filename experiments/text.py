@@ -1,15 +1,19 @@
 """Does a synthetic gradient help on text? Which kind of g, at which chunk length T, at which learning rate of
 g?
 
-    python experiments/text.py --study rates     each g at five rates, at T of 2 and 5, one seed
+    python experiments/text.py --study rates     each g at five rates, T of 2 and 5, one seed
+    python experiments/text.py --study T         each g at its best rate, T of 2, 5, 10 and 20
+    python experiments/text.py --study alpha     the discount α of three kinds of g, T of 2 and 5
     python experiments/text.py --study memory    g taught through K borders of its own time, in two ways
-    python experiments/text.py --study T         the best rates: T of 2, 5, 10, 20, five seeds
+    python experiments/text.py --study words     words, T of 5, 20 and 70
 
-Characters of Penn Treebank. The model is an embedding of 64, one QRNN layer of 256 and a decoder, B = 32,
-Adam at2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, and read the same characters.
+Characters of Penn Treebank, and in `words` its words. The model is an embedding of 64, one QRNN layer of 256
+and a decoder, B = 32, Adam at 2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, and
+read the same characters; on words they read the text once.
 
     bptt      truncated backpropagation through time
-    full      the loss of a chunk is backpropagated through the 40 steps before its end: the ceiling
+    full      the loss of a chunk is backpropagated through the 40 steps before its end, or the chunk before
+              it if that is longer: the ceiling
     linear    layer-wise, one linear map 256 -> 256
     mlp       layer-wise, 256 -> 256 -> 256 -> 256
     neuron    the paper's: neuron-wise, scalar in and out, memory h_g
@@ -18,12 +22,13 @@ Adam at2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, a
     named     neuron-wise, with a learnt vector of 50 numbers for each neuron
     line      each neuron has its own line, a_i c_i + b_i
 
-The measure is bits per character on the first 200,000 characters of the validation text, and for a g cosine
+The measure is bits per token on the validation text (of the characters the first 200,000), and for a g cosine
 and R^2 with its targets in the last fifth of the updates. Resumable: a case that is in the log is not run
 again.
 """
 
 import argparse
+import functools
 import math
 import time
 
@@ -39,7 +44,8 @@ from harness import machine
 from qrnn import QRNN, decoder_loss
 
 EMBEDDING, HIDDEN, B, REACH = 64, 256, 32, 40
-UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}
+UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}                  # on characters
+WORDS = (5, 20, 70)                                                     # T on words
 
 
 class Reader(nn.Module):
@@ -125,12 +131,12 @@ def full_update(model, optimizer, recent, clip):
     return train.cut(state)
 
 
-def one(case, every=10):
+def one(case, every=10, name="ptb-chars"):
     """A row for each tenth of the updates."""
     machine.keep_freed_memory()
-    arm, T, updates = case["arm"], case["T"], UPDATES[case["T"]]
-    corpus = data.load_corpus("ptb-chars")
+    arm, T, corpus = case["arm"], case["T"], data.load_corpus(name)
     inputs, targets = data.streams(corpus.train, B)
+    updates = UPDATES[T] if name == "ptb-chars" else len(inputs) // T // every * every
     s = train.Settings(clip=1.0, bptt=T, batch_size=B)
     torch.manual_seed(case["seed"])
     model = Reader(len(corpus.vocabulary))
@@ -144,7 +150,7 @@ def one(case, every=10):
         start = k * T % (len(inputs) - T)
         x, y = inputs[start:start + T], targets[start:start + T]
         if arm == "full":
-            recent = [*recent, (x, y, state)][-REACH // T:]
+            recent = [*recent, (x, y, state)][-max(REACH // T, 2):]
             state = full_update(model, optimizer, recent, s.clip)
         else:
             _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, s)
@@ -158,21 +164,28 @@ def one(case, every=10):
     return rows
 
 
-def cases(which, seeds, chosen):
+def cases(which, chosen):
     """The cases of a study: {arm, T, alpha, rate, seed}, "" where an arm has none. chosen: {arm: rate}."""
     def case(arm, T, seed, rate="", alpha=1.0):
         plain = ARMS[arm] is None
         return dict(arm=arm, T=T, alpha="" if plain else alpha, rate="" if plain else rate, seed=seed)
+
+    def at_best(arms, lengths, seeds, alpha=1.0):
+        return [case(arm, T, seed, chosen.get(arm, ""), alpha) for seed in range(seeds) for T in lengths
+                for arm in arms if arm in chosen or not ARMS[arm]]
     if which == "rates":
         baselines = [case(arm, T, 0) for T in (2, 5) for arm in ("bptt", "full")]
         quick, slow = ("linear", "mlp", "line"), ("neuron", "named")
         return baselines + [case(arm, T, 0, rate) for arms in (quick, slow) for T in (2, 5)
                             for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-6) for arm in arms]
+    if which == "T":
+        return at_best(("bptt", "full", "linear", "mlp", "line"), UPDATES, 5) + at_best(
+            ("neuron", "named"), UPDATES, 3)
+    if which == "alpha":
+        return [c for alpha in (0.1, 0.9) for c in at_best(("linear", "mlp", "neuron"), (2, 5), 2, alpha)]
     if which == "memory":
-        return [case(arm, 2, seed, rate) for seed in range(2) for rate in (1e-3, 1e-4, 1e-5)
-                for arm in ("neuron", "neuron4", "every4")]
-    return [case(arm, T, seed, chosen.get(arm, "")) for seed in range(seeds) for T in UPDATES for arm in ARMS
-            if arm != "every4"]
+        return [case(arm, 2, 0, rate) for rate in (1e-3, 1e-4) for arm in ("neuron4", "every4")]
+    return at_best(("bptt", "full", "linear", "mlp", "neuron"), WORDS, 3)
 
 
 def best_rates(rows):
@@ -189,16 +202,19 @@ def best_rates(rows):
 
 def main():
     parser = argparse.ArgumentParser(description="Which synthetic gradient helps on text, at what rate?")
-    parser.add_argument("--study", choices=("rates", "memory", "T"), default="rates")
-    parser.add_argument("--seeds", type=int, default=5, help="of study T [%(default)s]")
+    parser.add_argument("--study", choices=("rates", "T", "alpha", "memory", "words"), default="rates")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time [%(default)s]")
     a = parser.parse_args()
     log = study.LOGS / "text.csv"
     chosen = best_rates(study.read(log))
-    if a.study == "T" and not chosen:
+    if a.study not in ("rates", "memory") and not chosen:
         parser.error("run --study rates first")
     model = f"QRNN of {HIDDEN}, embedding {EMBEDDING}, B = {B}, Adam 0.002, clip 1"
-    study.run(log, one, cases(a.study, a.seeds, chosen), a.jobs, model=model, updates=str(UPDATES))
+    if a.study == "words":
+        study.run(study.LOGS / "text-words.csv", functools.partial(one, name="ptb"), cases(a.study, chosen),
+                  a.jobs, model=model)
+    else:
+        study.run(log, one, cases(a.study, chosen), a.jobs, model=model, updates=str(UPDATES))
 
 
 if __name__ == "__main__":
