@@ -38,6 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+try:                                            # comes with torch for GPUs; for the last section alone
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 # ---------------------------------------------------------------------------- the recurrence and its gradient
 
@@ -75,16 +80,14 @@ class Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, f, z, c0):
-        c = all_states(f, z, c0)                                        # pool_loop's, and c_0: (T+1, B, H)
+        c = pool_forward(f, z, c0)                                      # pool_loop's, and c_0: (T+1, B, H)
         ctx.save_for_backward(f, z, c)
         return c[1:], c[-1].clone()                                     # outputs may not share memory
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G, G_next):
-        f, z, c = ctx.saved_tensors
-        r = all_gradients(G, G_next, f)                               # r_t = G_t + f_{t+1} r_{t+1}, (T, B, H)
-        return r * (c[:-1] - z), r * (1 - f), f[0] * r[0]
+        return pool_backward(G, G_next, *ctx.saved_tensors)             # df, dz, dc_0
 
 
 def pool(f, z, c0):
@@ -299,24 +302,12 @@ class LanguageModel(nn.Module):
 #
 # Nothing below adds to the method. Each piece names the plain form that it is proven equal to (tests 1).
 
-def all_states(f, z, c0):
-    """The plain form is `pool_loop`. c_0 .. c_T as (T+1, B, H), without a graph."""
-    if scans(f):                                                 # c_0 as a first step: f = 1, (1 - f) z = c_0
-        return scan(torch.cat([torch.ones_like(f[:1]), f]), torch.cat([c0[None], (1 - f) * z]))
-    return pool_forward(f, z, c0)
-
-
-def all_gradients(G, G_next, f):
-    """The plain form is autograd through `pool_loop`. r_1 .. r_T as (T, B, H)."""
-    if scans(f):                                                # G_next as a last step: r_T = G_T + G_next
-        ones = torch.ones_like(f[:1])                               # of r_T, and of nothing: dropped by [:-1]
-        return scan(torch.cat([f[1:], ones, ones]), torch.cat([G, G_next[None]]), reverse=True)[:-1]
-    return pool_backward(G, G_next, f)
-
-
 @torch.library.custom_op("qrnn::pool_forward", mutates_args=())
 def pool_forward(f: torch.Tensor, z: torch.Tensor, c0: torch.Tensor) -> torch.Tensor:
-    """A loop without a graph, into memory taken once. (An "op", so that torch.compile leaves it whole.)"""
+    """The plain form is `pool_loop`. c_0 .. c_T (T+1, B, H), without a graph, into memory taken once.
+
+    (An "op", so that torch.compile leaves it whole, and so that a GPU can have its own: see below.)
+    """
     c = z.new_empty(len(z) + 1, *c0.shape)
     c[0] = c0
     c_t = c.unbind()
@@ -326,14 +317,18 @@ def pool_forward(f: torch.Tensor, z: torch.Tensor, c0: torch.Tensor) -> torch.Te
 
 
 @torch.library.custom_op("qrnn::pool_backward", mutates_args=())
-def pool_backward(G: torch.Tensor, G_next: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """The same, from T down to 1: r_t = G_t + f_{t+1} r_{t+1}."""
+def pool_backward(G: torch.Tensor, G_next: torch.Tensor, f: torch.Tensor, z: torch.Tensor,
+                  c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The plain form is autograd through `pool_loop`. df, dz (T, B, H) and dc_0 (B, H), from r_T down to r_1.
+
+    c: c_0 .. c_T, as `pool_forward` returns it; the rest as in `Pool`.
+    """
     r = torch.empty_like(G, memory_format=torch.contiguous_format)
     torch.add(G[-1], G_next, out=r[-1])
     G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
     for t in range(len(r) - 2, -1, -1):
-        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])
-    return r
+        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])       # r_t = G_t + f_{t+1} r_{t+1}
+    return r * (c[:-1] - z), r * (1 - f), f[0] * r[0]
 
 
 @pool_forward.register_fake
@@ -342,25 +337,63 @@ def _(f, z, c0):
 
 
 @pool_backward.register_fake
-def _(G, G_next, f):
-    return torch.empty_like(G, memory_format=torch.contiguous_format)
+def _(G, G_next, f, z, c):
+    return torch.empty(f.shape, dtype=f.dtype, device=f.device), torch.empty_like(z), torch.empty_like(G_next)
 
 
-def scans(x):
-    """Whether to scan the time steps rather than loop: on a GPU each step of a loop is one more launch."""
-    return x.is_cuda and torch.compiler.is_compiling()
+if triton:
+    # On a GPU each step of the loops above is a launch of its own. Here a program takes BLOCK columns
+    # (stream, neuron) through all T steps: one launch each way, and every number is read once. Neighbours in
+    # memory are read together. num_stages: the loads of the next steps are under way while this one is
+    # computed.
+    BLOCK, STAGES = 64, 8
 
+    @triton.jit
+    def pool_forward_kernel(f, z, c0, c, T, N, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+        """All pointers are to the first step. N = B H columns."""
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < N
+        c_t = tl.load(c0 + column, inside)
+        tl.store(c + column, c_t, inside)
+        for _ in tl.range(T, num_stages=STAGES):
+            f_t, z_t = tl.load(f + column, inside), tl.load(z + column, inside)
+            c_t = f_t * c_t + (1 - f_t) * z_t
+            f, z, c = f + N, z + N, c + N
+            tl.store(c + column, c_t, inside)
 
-def scan(a, b, reverse=False):
-    """s_t = a_t s_{t-1} + b_t for all t, from zero (reverse: a_t s_{t+1} + b_t), as one kernel on a GPU.
+    @triton.jit
+    def pool_backward_kernel(G, G_next, f, z, c, df, dz, dc0, T, N, BLOCK: tl.constexpr,
+                             STAGES: tl.constexpr):
+        """G, f, z, df and dz point to step T, c to c_{T-1}; all move down."""
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < N
+        from_later = tl.load(G_next + column, inside)                   # f_{t+1} r_{t+1}; at T, G_next
+        for _ in tl.range(T, num_stages=STAGES):
+            f_t, z_t = tl.load(f + column, inside), tl.load(z + column, inside)
+            c_before, G_t = tl.load(c + column, inside), tl.load(G + column, inside)
+            r_t = G_t + from_later
+            tl.store(df + column, r_t * (c_before - z_t), inside)
+            tl.store(dz + column, r_t * (1 - f_t), inside)
+            from_later = f_t * r_t
+            G, f, z, c, df, dz = G - N, f - N, z - N, c - N, df - N, dz - N
+        tl.store(dc0 + column, from_later, inside)                      # f_1 r_1
 
-    Step (a, b) and then step (a', b') make the step (a a', a' b + b'), and "and then" is associative: the
-    steps can be joined in a tree of depth log T. PyTorch's own backward pass of it has been wrong, so none
-    runs through it: Pool.backward is a second scan.
-    """
-    from torch._higher_order_ops.associative_scan import associative_scan   # not public: only where needed
-    return associative_scan(lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, b), dim=0,
-                            reverse=reverse, combine_mode="pointwise" if a.is_cuda else "generic")[1]
+    @pool_forward.register_kernel("cuda")
+    def pool_forward_triton(f, z, c0):
+        f, z, c0 = f.contiguous(), z.contiguous(), c0.contiguous()
+        c, N = z.new_empty(len(z) + 1, *c0.shape), c0.numel()
+        with torch.cuda.device_of(z):                                   # not always the current one
+            pool_forward_kernel[triton.cdiv(N, BLOCK),](f, z, c0, c, len(f), N, BLOCK, STAGES, num_warps=2)
+        return c
+
+    @pool_backward.register_kernel("cuda")
+    def pool_backward_triton(G, G_next, f, z, c):
+        G, G_next, f, z = G.contiguous(), G_next.contiguous(), f.contiguous(), z.contiguous()
+        df, dz, dc0, N = torch.empty_like(f), torch.empty_like(z), torch.empty_like(G_next), G_next.numel()
+        last = G[-1], G_next, f[-1], z[-1], c[-2], df[-1], dz[-1], dc0
+        with torch.cuda.device_of(z):
+            pool_backward_kernel[triton.cdiv(N, BLOCK),](*last, len(f), N, BLOCK, STAGES, num_warps=2)
+        return df, dz, dc0
 
 
 def toss(shape, p, device, generator=None):

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import http.server
 import importlib
+import importlib.util
 import io
 import itertools
 import math
@@ -335,20 +336,81 @@ def test_pooling_loop_is_closed_form_is_explicit_function(T, device):
         close(grads, gradients[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("T", [1, 2, 7])
-def test_pooling_by_scan(T, monkeypatch):
-    """The GPU's scan, here taken step by step, equals the loop in values, c_T and gradients of f, z, c_0."""
-    leaves, weights = gates(T), [torch.randn(T, 3, 4, **DOUBLE), torch.randn(3, 4, **DOUBLE)]
-    results = []
-    for scanned in (False, True):
-        monkeypatch.setattr("qrnn.scans", lambda _: scanned)
-        c, c_T = pool(*leaves)
-        total = (weights[0] * c).sum() + (weights[1] * c_T).sum()
-        results.append([c, c_T, *torch.autograd.grad(total, leaves)])
-    close(*results)
-    c = pool_loop(*leaves)
-    total = (weights[0] * c).sum() + (weights[1] * c[-1]).sum()
-    close(results[0], [c, c[-1], *torch.autograd.grad(total, leaves)])
+def test_the_state_that_pooling_hands_on(T, device):
+    """c_T apart is c_1 .. c_T's last, and a gradient that comes through it is added to that of the last."""
+    leaves = gates(T, device=device)
+    weights = [torch.randn(T, 3, 4, **DOUBLE).to(device), torch.randn(3, 4, **DOUBLE).to(device)]
+    c, c_T = pool(*leaves)
+    expected = pool_loop(*leaves)
+    close([c, c_T], [expected, expected[-1]])
+    close(*([*torch.autograd.grad((weights[0] * c).sum() + (weights[1] * last).sum(), leaves)]
+            for c, last in ((c, c_T), (expected, expected[-1]))))
+
+
+TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton (pip install triton)")
+
+
+def python(code, **environment):
+    """Run it in a process of its own; its output."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=240,
+                         env={**os.environ, **environment})
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@TRITON
+def test_the_gpus_pooling_without_a_gpu():
+    """The GPU's kernels, run by Triton's interpreter on CPU tensors, equal `pool_loop`: c, c_T and the
+    gradients of f, z and c_0. Sizes are odd, or above the BLOCK of columns; arguments are strided too; T is 1
+    too.
+    """
+    code = """
+import torch, qrnn
+torch.manual_seed(0)
+qrnn.pool_forward.register_kernel("cpu", qrnn.pool_forward_triton)      # in place of the loops
+qrnn.pool_backward.register_kernel("cpu", qrnn.pool_backward_triton)
+for T, B, H, strided in (1, 3, 5, False), (2, 1, 1, False), (7, 3, 43, False), (6, 5, 27, True):
+    f, z, c0 = torch.rand(T, B, H), torch.randn(T, B, H), torch.randn(B, H)
+    G, G_next = torch.randn(T, B, H), torch.randn(B, H)
+    if strided:
+        f, z, G = (x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (f, z, G))
+        c0, G_next = c0.t().contiguous().t(), G_next.t().contiguous().t()
+        assert not f.is_contiguous() and not c0.is_contiguous()
+    leaves, results = [x.double().requires_grad_() for x in (f, z, c0)], []
+    c = qrnn.pool_loop(*leaves)
+    results.append([c, c[-1], *torch.autograd.grad([c, c[-1]], leaves, [G.double(), G_next.double()])])
+    for dtype, tolerance in (torch.float64, 1e-12), (torch.float32, 1e-5):
+        low = [x.detach().to(dtype).requires_grad_() for x in (f, z, c0)]
+        c, c_T = qrnn.Pool.apply(*low)
+        mine = [c, c_T, *torch.autograd.grad([c, c_T], low, [G.to(dtype), G_next.to(dtype)])]
+        for a, b in zip(mine, results[0], strict=True):
+            assert a.dtype == dtype and a.shape == b.shape and (a - b).abs().max() < tolerance
+    print(f"{B * H} columns")
+"""
+    assert python(code, TRITON_INTERPRET="1").split("\n")[:-1] == [f"{n} columns" for n in (15, 1, 129, 135)]
+
+
+@SLOW
+@TRITON
+def test_the_gpus_pooling_compiles_without_a_gpu():
+    """For GPUs of 2018 (compute capability 7.5) and of today; since 8.0 loads go ahead of the arithmetic."""
+    code = """
+import qrnn, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for capability in (75, 80, 90):
+    for kernel, tensors in ((qrnn.pool_forward_kernel, "f z c0 c"),
+                            (qrnn.pool_backward_kernel, "G G_next f z c df dz dc0")):
+        types = dict.fromkeys(tensors.split(), "*fp32") | {"T": "i32", "N": "i32"}
+        types |= dict.fromkeys(("BLOCK", "STAGES"), "constexpr")
+        source = ASTSource(kernel, types, {"BLOCK": qrnn.BLOCK, "STAGES": qrnn.STAGES})
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 2})
+        print(capability, len(made.asm["cubin"]) > 0, "cp.async" in made.asm["ptx"])
+"""
+    lines = python(code).split("\n")[:-1]
+    assert lines == [f"{c} True {c >= 80}" for c in (75, 80, 90) for _ in range(2)]
 
 
 def test_pooling_gradcheck():
@@ -554,23 +616,6 @@ def test_compiled_is_plain(product, device):
         for a, b in zip(ours, theirs, strict=True):
             assert (a is None) == (b is None)
             assert a is None or (a - b).norm() <= (1e-5 if product == torch.float32 else 1e-2) * b.norm()
-
-
-@SLOW
-@COMPILER
-@pytest.mark.filterwarnings("error:torch.compile failed")
-def test_compiled_scan_is_plain(monkeypatch):
-    """Two layers compiled with the GPU's pooling, scanned inside the graph, equal the plain ones."""
-    x, results = torch.randn(6, 2, 3).requires_grad_(), []
-    plain = QRNN(3, 4, 2, window=2)
-    monkeypatch.setattr("qrnn.scans", lambda _: torch.compiler.is_compiling())
-    fast = QRNN(3, 4, 2, window=2, compile=True)
-    fast.load_state_dict(plain.state_dict())
-    for qrnn in (plain, fast):
-        h, [(c, _), (d, _)] = qrnn(x)
-        total = h.square().sum() + c.sum() + d.square().sum()
-        results.append([h, c, d, *torch.autograd.grad(total, [x, *qrnn.parameters()])])
-    close(*results)
 
 
 @SLOW
