@@ -31,8 +31,7 @@ from torch import nn
 
 import study
 import train
-from harness import processes
-from harness.machine import keep_freed_memory
+from harness import machine, processes
 from qrnn import QRNN, pool, pool_loop
 
 PRESETS = {"small": train.SMALL, "paper": dataclasses.replace(train.PAPER, jitter=False)}
@@ -259,7 +258,7 @@ def one(preset, mode, form, name, device):
 
     Prints a line of JSON.
     """
-    keep_freed_memory()
+    machine.prepare(device, "fp32")
     once = step(preset, mode, form == "compiled", TYPES[name], device)
     taken = [seconds(once, device) for _ in range(8)]
     usual = statistics.median(taken[3:])
@@ -320,18 +319,18 @@ def main():
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     sizes, rounds, device = arguments.sizes, arguments.rounds, arguments.device
-    keep_freed_memory()
-    machine = f"{study.processor()}, {torch.get_num_threads()} threads"
+    machine.prepare(device, "fp32")                                     # "fp32": `mixed` sets the precision
+    where = f"{study.processor()}, {torch.get_num_threads()} threads"
     if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    print(f"{machine}; torch {torch.__version__}, Python {platform.python_version()}; {rounds} rounds")
+        where = torch.cuda.get_device_name()
+    print(f"{where}; torch {torch.__version__}, Python {platform.python_version()}; {rounds} rounds")
     tables = {}
     for name in arguments.tables:
         title, columns, make = TABLES[name]
         tables[name] = make(sizes, rounds, device)
         show(title, tables[name], columns.split())
     if arguments.json:
-        content = dict(machine=machine, torch=torch.__version__, rounds=rounds, **tables)
+        content = dict(machine=where, torch=torch.__version__, rounds=rounds, **tables)
         Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -203,18 +203,19 @@ def best_rates(rows):
 def main():
     parser = argparse.ArgumentParser(description="Which synthetic gradient helps on text, at what rate?")
     parser.add_argument("--study", choices=("rates", "T", "alpha", "memory", "words"), default="rates")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="of them; all")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time [%(default)s]")
     a = parser.parse_args()
     log = study.LOGS / "text.csv"
     chosen = best_rates(study.read(log))
     if a.study not in ("rates", "memory") and not chosen:
         parser.error("run --study rates first")
+    todo = [case for case in cases(a.study, chosen) if case["arm"] in a.arms]
     model = f"QRNN of {HIDDEN}, embedding {EMBEDDING}, B = {B}, Adam 0.002, clip 1"
     if a.study == "words":
-        study.run(study.LOGS / "text-words.csv", functools.partial(one, name="ptb"), cases(a.study, chosen),
-                  a.jobs, model=model)
+        study.run(study.LOGS / "text-words.csv", functools.partial(one, name="ptb"), todo, a.jobs, model=model)
     else:
-        study.run(log, one, cases(a.study, chosen), a.jobs, model=model, updates=str(UPDATES))
+        study.run(log, one, todo, a.jobs, model=model, updates=str(UPDATES))
 
 
 if __name__ == "__main__":

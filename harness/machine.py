@@ -26,8 +26,6 @@ def pick_device(name):
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device here; "
                         f"there is {', '.join(d for d in there if there[d])}")
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")                     # TF32 in products that are not in bf16
     return name
 
 
