@@ -213,7 +213,8 @@ def main():
     todo = [case for case in cases(a.study, chosen) if case["arm"] in a.arms]
     model = f"QRNN of {HIDDEN}, embedding {EMBEDDING}, B = {B}, Adam 0.002, clip 1"
     if a.study == "words":
-        study.run(study.LOGS / "text-words.csv", functools.partial(one, name="ptb"), todo, a.jobs, model=model)
+        study.run(study.LOGS / "text-words.csv", functools.partial(one, name="ptb"), todo, a.jobs,
+                  model=model)
     else:
         study.run(log, one, todo, a.jobs, model=model, updates=str(UPDATES))
 
