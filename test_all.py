@@ -2241,7 +2241,6 @@ def test_the_true_future_gradient_of_recall(studies, answers):
         [gradient], k = oracle(*a)
         return [-2 * gradient], k
     assert recall.truth(model, oracle, inputs, targets) == pytest.approx((1, 1), abs=1e-5)
-    assert recall.truth(model, oracle, inputs, targets, alpha=0.0)[0] < 0.99
     assert recall.truth(model, reversed_oracle, inputs, targets) == pytest.approx((-1, -8), abs=1e-4)
 
 
@@ -2290,25 +2289,20 @@ def test_full_credit_of_recall(studies):
 
 
 def test_each_change_of_recall_changes_one_thing(studies):
-    """With the plain DNI's weights, each changed DNI of recall.py differs in its change and nothing else."""
+    """With the plain g's weights, each changed g of recall.py differs in its change and nothing else."""
     recall = studies("recall")
     torch.manual_seed(0)
     plain, memories = NeuronDNI(last_layer=0.5), [None]
-    states = [[torch.randn(4, recall.NEURONS)] for _ in range(6)]
+    states = [[torch.randn(4, recall.NEURONS)] for _ in range(4)]
     for s in states:
         memories.append(tuple(m.detach() for m in plain(s, memories[-1])[1]))
 
     def same(kind, border):
-        """A DNI of that kind, and what it and the plain one say of a border."""
-        g = kind(50)
+        """A g of that kind, and what it and the plain one say of a border."""
+        g = kind()
         g.load_state_dict(plain.state_dict(), strict=False)
         (mine,), (theirs,) = (net(states[border], memories[border])[0] for net in (g, plain))
         return g, mine, theirs
-
-    g, mine, theirs = same(recall.Scaled, 3)                            # in units of `scale`
-    assert torch.equal(mine, theirs)
-    g.scale = 3.0
-    close(g(states[3], memories[3])[0][0], 3 * theirs)
 
     g, mine, theirs = same(recall.Amnesic, 3)                           # as at a first border, always
     assert torch.equal(mine, plain(states[3])[0][0]) and not torch.allclose(mine, theirs)
@@ -2322,28 +2316,6 @@ def test_each_change_of_recall_changes_one_thing(studies):
     close(g(flip)[0][0], before.flip(1))
     torch.nn.init.zeros_(g.names)
     close(g(states[3], memories[3])[0][0], theirs)
-
-    theirs = plain(states[3], memories[3])[0][0]
-    for kind in (recall.Shuffled, recall.Swapped):
-        dni = kind(plain)                                          # of 4 streams 0 and 2, 1 and 3 are pairs
-        dni.memory = memories[3]
-        (injected,) = dni.synthesize(states[3])
-        (learned_from,) = dni.predict(states[3])
-        assert torch.equal(learned_from, theirs) and not torch.equal(injected, theirs)
-        if kind is recall.Shuffled:
-            assert sorted(injected.tolist()) == sorted(theirs.tolist())
-        else:
-            close(injected[[2, 3, 0, 1]], theirs)
-
-    dni = recall.Memory(plain)                  # the same predictions, but they know which weights wrote h_g
-    for k, s in enumerate(states):
-        (mine,) = dni.predict(s)
-        close(mine, plain(s, memories[k])[0][0])
-    memory = memories[2]                                           # before the fourth border from the last
-    for s in states[2:]:
-        (unrolled,), memory = plain(s, memory)
-    expected = torch.autograd.grad(unrolled.square().sum(), plain.parameters())
-    close(list(torch.autograd.grad(mine.square().sum(), plain.parameters())), list(expected))
 
 
 def test_truncated_credit_never_reaches_a_symbol(studies):
@@ -2368,20 +2340,17 @@ def test_truncated_credit_never_reaches_a_symbol(studies):
         assert reached > 0
 
 
-def test_a_terminal_target_of_zero_injects_nothing(studies):
-    """Arm `terminal` of recall.py: the step that ends a text is one with real gradients, and no other is."""
+def test_the_rate_of_recall_is_searched_on_seeds_of_its_own(studies):
+    """The best rate is by accuracy at the end over the seeds of the search, whatever other seeds say."""
     recall = studies("recall")
-    (inputs, targets), T, weights = recall.episodes(1, 0, 2, 20), recall.T, {}
-    for ends, synthetic in ((True, True), (False, True), (False, False)):
-        torch.manual_seed(3)
-        model, g = recall.Reader(13), NeuronDNI(5, last_layer=0.5)
-        dni = recall.Terminal(g, torch.optim.SGD(g.parameters(), 0.1), 0.9)
-        dni.ends = ends
-        train.train_step(model, torch.optim.SGD(model.parameters(), 1.0), dni, inputs[:T], targets[:T], None,
-                         synthetic, train.Settings(clip=100.0))
-        weights[ends, synthetic] = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert torch.equal(weights[True, True], weights[False, False])
-    assert (weights[False, True] - weights[False, False]).abs().max() > 1e-5
+
+    def row(rate, seed, accuracy, updates=recall.UPDATES, counts="all", arm="linear"):
+        return dict(counts=counts, arm=arm, rate=rate, borders="2", seed=str(seed), updates=str(updates),
+                    accuracy=str(accuracy))
+    rows = [row("0.1", 100, 0.5), row("0.1", 101, 0.6), row("0.01", 100, 0.7), row("0.01", 101, 0.2),
+            row("0.01", 100, 1.0, updates=200), row("0.01", 0, 1.0), row("0.01", 101, 1.0, counts="answers"),
+            row("0.01", 101, 1.0, arm="layer")]
+    assert recall.best_rate(rows, "all", "linear") == 0.1
 
 
 def test_a_longer_reach_of_text(studies):
@@ -2486,16 +2455,16 @@ def test_what_can_be_known_of_text_is_learned(studies, monkeypatch):
 def test_a_study_goes_on_and_reports(studies, tmp_path):
     """A study does each case once, whatever it is called for again, and its report is made of its log."""
     log = tmp_path / "recall.csv"
-    options = "--seeds 1 --borders 1 --alphas 1 --updates 4 --every 2 --log".split()
+    options = "--seeds 1 --borders 1 --rates 0.1 --counts all --updates 12 --log".split()
     for arms, todo in ((["bptt", "layer"], 2), (["layer", "neuron", "bptt"], 1)):
         command = [sys.executable, HERE / "experiments" / "recall.py", "--arms", *arms, *options, log]
         run = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert run.returncode == 0 and f"{todo} runs to do" in run.stdout, run.stderr
     rows = studies("study").read(log)
-    assert len(rows) == 6 and [row["updates"] for row in rows if row["arm"] == "neuron"] == ["2", "4"]
+    assert [row["updates"] for row in rows if row["arm"] == "neuron"] == [str(n) for n in range(1, 13)]
     table = studies("report").recall(rows)
-    accuracy = next(float(row["accuracy"]) for row in rows if (row["arm"], row["updates"]) == ("layer", "4"))
-    assert f"| layer-wise DNI | 1.0 | {accuracy:.2f} [{accuracy:.2f}, {accuracy:.2f}] | 0/1 |" in table
+    accuracy = next(float(row["accuracy"]) for row in rows if (row["arm"], row["updates"]) == ("layer", "12"))
+    assert f"| all | layer-wise DNI | 0.1 | {accuracy:.2f} [{accuracy:.2f}, {accuracy:.2f}], 0/1 |" in table
 
 
 @SLOW
@@ -2546,7 +2515,7 @@ def test_the_tables_say_what_a_hand_would(studies):
     text = report.characters(rows)
     assert "| 2 | layer-wise, one linear map | 0.1 | 3 | 2.600 ± 0.100 | 0.650 ± 0.212 | 0.65 ± 0.21 |" in text
     assert "| layer-wise, one linear map | 2.500 (+0.250) |" in text
-    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 9
+    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 7
 
 
 def test_the_house():
@@ -2557,7 +2526,7 @@ def test_the_house():
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        inside = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "torch", "numpy"}
+        inside = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "torch", "numpy", "triton"}
         assert inside <= (below[path.stem] if path.parent == HERE else {"harness"}), path
     text = (HERE / "train.py").read_text()
     step, = (node for node in ast.walk(ast.parse(text)) if getattr(node, "name", "") == "train_step")

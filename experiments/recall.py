@@ -1,9 +1,8 @@
 """Is credit carried across a border? The language `recall`, its delay longer than a chunk.
 
-    python experiments/recall.py                             everything, two hours on two cores; resumable
-    python experiments/recall.py --seeds 1 --arms bptt full  a first look
-    python experiments/recall.py --study pairs               streams in pairs, at the same place of an episode
-    python experiments/recall.py --study answers             the same, and the answers alone count
+    python experiments/recall.py                     everything; resumable
+    python experiments/recall.py --arms bptt linear full --borders 1 --seeds 1 --log /tmp/look.csv
+                                                     a first look, in two minutes
 
 An episode shows one of K symbols, then D fillers, a query, and the symbol again (data.py). With D = b T - 1
 the query comes exactly b chunks of T steps after the symbol, whatever the phase. So b borders lie between
@@ -11,32 +10,21 @@ them, and truncation cuts every link. The B streams are cut so that all phases o
 equal updates and equal tokens:
 
     bptt      truncated: no gradient crosses a border
-    cut       the same, on a text that ends every 20 chunks, and the state with it: to compare `terminal` with
     full      the last chunk's loss, backpropagated through it and the b chunks before it, to the symbol
+    linear    the layer-wise DNI (DNI, 2.1) as one linear map: sees a whole layer, knows which neuron is which
+    layer     the same as an MLP with 50 hidden units
     neuron    the neuron-wise DNI (paper, 2.2)
-    layer     the layer-wise DNI (DNI, 2.1): sees a whole layer at once, and knows which neuron is which
+    neuron4   the same, taught through 4 borders of its own time (dni_bptt)
+    named     neuron-wise, and g gets a learnt vector of 50 numbers for each neuron: it knows which is which
+    amnesic   neuron-wise, and g forgets: h_g is zero at every border
 
-Changes to the neuron-wise one, one at a time, over one and two borders (alpha below 1 makes a decayed
-bootstrap of it):
-
-    window    g sees this border's scalar and the last one's
-    scaled    g predicts in units of the targets' root mean square
-    amnesic   g forgets: h_g is zero at every border
-    memory    g's errors are backpropagated through h_g over 4 borders
-    terminal  the text ends every 20 chunks, with state and h_g: what is injected there is known to be zero
-    line      g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"
-    shuffled  what g predicts for one stream is injected into another: gradients of the right size that know
-              nothing (the agreement with the truth is that of what is injected)
-    named     g gets a learnt vector of 50 numbers for each neuron, too: it knows which neuron is which
-    swapped   (streams in pairs) what g predicts for a stream is injected into the other one at the same place
-              of its episode: gradients that know this place, and not which symbol it has
-
-Two more studies take that apart. A text asks two things, which symbol it was and when the query comes, and
-the gradients of both cross a border. In `pairs` B is twice the length of an episode. So each place of an
-episode is in two streams, and `swapped` is possible. (The number of answers in an update is then the same
-over any number of borders.) In `answers`, moreover, the symbol is all that is asked for. What follows any
+A text asks two things, which symbol it was and when the query comes, and the gradients of both cross a
+border. So there are two counts. With `all`, the loss is that of every word. With `answers`, what follows any
 word but a query is not counted: not in training, not in the true gradient, and not in the perplexity, whose
-floor is then 1.
+floor is then 1. B is 32 with `all`, and twice the length of an episode with `answers`.
+
+The learning rate of each g is the best of RATES, by accuracy over two borders, on two seeds that serve for
+nothing else. The discount α is 0.9.
 
 An update is `train_step` of train.py (for `full`, `full_step` below), without dropout, on a text that never
 repeats. The model, one QRNN layer of 64, starts with forget gates of about sigmoid(2), so that a state
@@ -44,13 +32,13 @@ outlives a border. Every so often it is tested on a text of its own: accuracy of
 perplexity (the floor is known), and for a DNI cosine and R^2 of its predictions with
 
     true      the gradient of all loss to come, by backpropagation through all of the test text without a cut
-    own       the same with a factor alpha at each border: the best that its bootstrapped targets can come to
-    target    those targets, in training since the last test
+    target    its bootstrapped targets, in training since the last test
 """
 
 import argparse
-import dataclasses
+import functools
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -60,7 +48,7 @@ import train
 from torch import nn
 
 from data import recall
-from dni import Agreement, Interface, NeuronDNI
+from dni import Agreement, Interface, LayerDNI, NeuronDNI
 from harness.machine import keep_freed_memory
 from qrnn import QRNN
 
@@ -68,6 +56,7 @@ T, B, NEURONS, SYMBOLS, FILLERS = 10, 32, 64, 4, 8
 QUERY, IGNORED = SYMBOLS + FILLERS, -100                           # a token, and a target that is not counted
 SETTINGS = train.Settings(embedding_size=NEURONS, hidden_size=NEURONS, num_layers=1, l2=0.0, clip=1.0,
                           batch_size=B, bptt=T, lr=3e-3)
+UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4), (100, 101)
 
 
 class Reader(nn.Module):
@@ -96,35 +85,18 @@ def mean_nll(logits, targets):
     return total / targets.numel()
 
 
-# --------------------------------------------------------------------------------- changes to the network g
-
-class Scaled(NeuronDNI):
-    scale = 1.0                                                         # set by `one`
-
-    def forward(self, s, memory=None):
-        predicted, memory = super().forward(s, memory)
-        return [self.scale * d for d in predicted], memory
-
+# ------------------------------------------------------------------------------------------------ kinds of g
 
 class Amnesic(NeuronDNI):
     def forward(self, s, memory=None):
         return super().forward(s)
 
 
-class Line(nn.Module):
-    def __init__(self, _):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(()))
-
-    def forward(self, s, memory=None):
-        return [self.w * c for c in s], memory
-
-
 class Named(NeuronDNI):
     neurons = NEURONS
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self):
+        super().__init__()
         self.names = nn.Parameter(torch.randn(self.neurons, 50) / 50 ** 0.5)
 
     def step(self, c, memory, masks=None):
@@ -133,73 +105,10 @@ class Named(NeuronDNI):
         return self.decode(h[0]).flatten(), memory
 
 
-# ------------------------------------------------------------------------------- changes to what is made of g
-
-class Memory(Interface):
-    """A prediction is made anew from the states of the last borders, with the graph of h_g over them."""
-    borders = 4
-
-    def reset(self):
-        super().reset()
-        self.past = []                                                  # [(s, h_g before it)]
-
-    def predict(self, s):
-        self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
-        memory = self.past[0][1]
-        for earlier, _ in self.past:
-            predicted, memory = self.g(earlier, memory)
-        self.memory = tuple(m.detach() for m in memory)
-        return predicted
-
-
-class Terminal(Interface):
-    ends = False                                             # does the text end with this chunk? set by `one`
-
-    def synthesize(self, s_next):
-        return [torch.zeros_like(c) for c in s_next] if self.ends else super().synthesize(s_next)
-
-
-class Shuffled(Interface):
-    """Not what is learned from, but what is injected goes to another stream."""
-
-    @torch.no_grad()
-    def synthesize(self, s_next):
-        return self.injected([c.detach() for c in s_next], self.memory)[0]
-
-    def injected(self, s, memory):
-        """Called as g is."""
-        predicted, memory = self.g(s, memory)
-        return [self.exchange(d) for d in predicted], memory            # (B, H) each
-
-    def exchange(self, d):
-        return d[torch.randperm(len(d))]
-
-
-class Swapped(Shuffled):
-    def exchange(self, d):
-        return d.roll(len(d) // 2, 0)         # stream i of B = 2 episodes is at the place of stream i + B / 2
-
-
-# arm: (settings, class of g, class of the interface); without a class, train.py's own
-TRUNCATED, SYNTHETIC = dict(mode="bptt"), dict(mode="dni")
-ARMS = {"bptt": (TRUNCATED, None, None),
-        "cut": (TRUNCATED, None, None),
-        "full": (TRUNCATED, None, None),
-        "neuron": (SYNTHETIC, None, None),
-        "layer": (dict(SYNTHETIC, dni="layer"), None, None),
-        "window": (dict(SYNTHETIC, dni_window=2), None, None),
-        "scaled": (SYNTHETIC, Scaled, Interface),
-        "amnesic": (SYNTHETIC, Amnesic, Interface),
-        "memory": (SYNTHETIC, NeuronDNI, Memory),
-        "terminal": (SYNTHETIC, NeuronDNI, Terminal),
-        "line": (SYNTHETIC, Line, Interface),
-        "shuffled": (SYNTHETIC, NeuronDNI, Shuffled),
-        "named": (SYNTHETIC, Named, Interface),
-        "swapped": (SYNTHETIC, NeuronDNI, Swapped)}
-# study: (arms, borders, alphas of neuron and layer)
-STUDIES = {"recall": ([arm for arm in ARMS if arm != "swapped"], (1, 2, 3), (0.1, 0.9, 1.0)),
-           "pairs": (["bptt", "neuron", "swapped"], (2,), (0.9,)),
-           "answers": (["bptt", "full", "neuron", "layer"], (1, 2, 3), (0.9,))}
+# arm: (g, K: the borders through which it is taught)
+ARMS = {"bptt": None, "full": None, "linear": (lambda: LayerDNI([NEURONS], 0), 1),
+        "layer": (lambda: LayerDNI([NEURONS]), 1), "neuron": (NeuronDNI, 1), "neuron4": (NeuronDNI, 4),
+        "named": (Named, 1), "amnesic": (Amnesic, 1)}
 
 
 # --------------------------------------------------------------------------------------------------- one case
@@ -254,16 +163,15 @@ def test(model, inputs, targets):
     return accuracy.item(), math.exp(nll)
 
 
-def future_gradients(model, inputs, targets, T=T, alpha=1.0):
+def future_gradients(model, inputs, targets, T=T):
     """[(c, gradient)] of the borders of a text in chunks of T, each a list of (B, H).
 
-    The gradient is that of all loss to come, with a factor alpha a border.
+    The gradient is that of all loss to come.
     """
     state, loss, borders = None, 0.0, []
     for start in range(0, len(inputs), T):
         x, y = inputs[start:start + T], targets[start:start + T]
-        if state:                                                       # the same value, alpha its gradient
-            state = [(alpha * c + (1 - alpha) * c.detach(), x_prev) for c, x_prev in state]
+        if state:
             borders.append(train.cells(state))
             for c in borders[-1]:
                 c.retain_grad()
@@ -273,12 +181,12 @@ def future_gradients(model, inputs, targets, T=T, alpha=1.0):
     return [([c.detach() for c in border], [c.grad for c in border]) for border in borders]
 
 
-def truth(model, g, inputs, targets, alpha=1.0):
-    """Agreement of g's predictions with the gradient of all loss to come, alpha a border.
+def truth(model, g, inputs, targets):
+    """Agreement of g's predictions with the gradient of all loss to come.
 
     It is that of the borders in the middle half of the text.
     """
-    borders, memory, agreement = future_gradients(model, inputs, targets, alpha=alpha), None, Agreement()
+    borders, memory, agreement = future_gradients(model, inputs, targets), None, Agreement()
     for k, (c, gradient) in enumerate(borders):
         with torch.no_grad():
             predicted, memory = g(c, memory)
@@ -287,102 +195,84 @@ def truth(model, g, inputs, targets, alpha=1.0):
     return agreement.result()
 
 
-MEASURES = ("true_cosine", "true_r2", "own_cosine", "own_r2", "target_cosine", "target_r2")
-
-
-def one(case, updates, every, which):
+def one(case, updates=UPDATES):
+    """A row for each of twelve tests."""
     keep_freed_memory()
-    arm, borders, seed = case["arm"], case["borders"], case["seed"]
-    settings, kind, interface = ARMS[arm]
-    s = dataclasses.replace(SETTINGS, seed=seed, dni_alpha=case["alpha"] or 0.0, **settings)
-    answers, pairs = which == "answers", 2 * (borders * T + 2)
-    inputs, targets = episodes(borders, seed, B if which == "recall" else pairs, updates * T, answers)
+    arm, borders, seed, answers = case["arm"], case["borders"], case["seed"], case["counts"] == "answers"
+    pairs = 2 * (borders * T + 2)
+    inputs, targets = episodes(borders, seed, pairs if answers else B, updates * T, answers)
     test_text = episodes(borders, seed + 1000, 2 * pairs, 24 * T, answers)               # each phase 4 times
     language = recall(borders * T - 1, SYMBOLS, FILLERS, 10)
     floor = 1.0 if answers else round(language.facts["perplexity floor"], 4)
-    dni = train.build(s, QUERY + 1, "cpu")[2]
-    if kind:
-        g = kind(s.dni_hidden)
-        dni = interface(g, torch.optim.Adam(g.parameters(), s.dni_lr), s.dni_alpha)
+    torch.manual_seed(seed)
+    dni = None
+    if ARMS[arm]:
+        g, K = ARMS[arm]
+        g = g()
+        dni = Interface(g, torch.optim.Adam(g.parameters(), case["rate"]), ALPHA, K)
     torch.manual_seed(seed)
     model = Reader(QUERY + 1)
-    optimizer = torch.optim.Adam(model.parameters(), s.lr)
+    optimizer = torch.optim.Adam(model.parameters(), SETTINGS.lr)
     full = full_steps(model, optimizer, inputs, targets, borders)
-    rows, state, started, squares = [], None, time.monotonic(), 0.0
+    rows, state, started = [], None, time.monotonic()
     for k in range(updates):
-        chunk = inputs[k * T:(k + 1) * T], targets[k * T:(k + 1) * T]
         if arm == "full":
             next(full)
         else:
-            ends = arm in ("terminal", "cut") and (k + 1) % 20 == 0
-            if arm == "terminal":
-                dni.ends = ends
-            _, state = train.train_step(model, optimizer, dni, *chunk, state, bool(dni), s)
-            if ends:
-                state = None
-                if dni:
-                    dni.reset()
-        if arm == "scaled" and k:                                       # of all targets so far
-            dni.g.scale = ((squares + dni.agreement.sums[2]) / k).sqrt()
-        if (k + 1) % every == 0:
+            chunk = inputs[k * T:(k + 1) * T], targets[k * T:(k + 1) * T]
+            _, state = train.train_step(model, optimizer, dni, *chunk, state, bool(dni), SETTINGS)
+        if (k + 1) % (updates // 12) == 0:
             accuracy, perplexity = test(model, *test_text)
-            agreed = [math.nan] * len(MEASURES)
+            agreed = [math.nan] * 4
             if dni:
-                g = getattr(dni, "injected", dni.g)
-                agreed = [*truth(model, g, *test_text), *truth(model, g, *test_text, s.dni_alpha),
-                          *dni.agreement.result()]
-                squares = squares + dni.agreement.sums[2]
+                agreed = [*truth(model, dni.g, *test_text), *dni.agreement.result()]
                 dni.agreement.reset()
+            measures = zip(("true_cosine", "true_r2", "target_cosine", "target_r2"), agreed)
             rows.append({**case, "updates": k + 1, "accuracy": round(accuracy, 4),
                          "perplexity": round(perplexity, 4), "floor": floor,
-                         **{name: round(a, 4) for name, a in zip(MEASURES, agreed)},
+                         **{name: round(a, 4) for name, a in measures},
                          "seconds": round(time.monotonic() - started, 1)})
     return rows
 
 
-class One:
-    """`one` with its options, to be sent to another process."""
-
-    def __init__(self, **options):
-        self.options = options
-
-    def __call__(self, case):
-        return one(case, **self.options)
+def best_rate(rows, counts, arm):
+    """The rate with the best accuracy at the end, a mean over the seeds of the search; None without a g."""
+    found = {}
+    for row in rows:
+        if (row["counts"], row["arm"], row["updates"]) == (counts, arm, str(UPDATES)) and (
+                int(row["seed"]) in SEARCH_SEEDS):
+            found.setdefault(row["rate"], []).append(float(row["accuracy"]))
+    return float(max(found, key=lambda rate: statistics.mean(found[rate]))) if found else ""
 
 
 def main():
     parser = argparse.ArgumentParser(
         description="Is credit carried across the border of truncated backpropagation?")
-    parser.add_argument("--study", choices=STUDIES, default="recall",
-                        help="decides what of the next three is not given [%(default)s]")
-    parser.add_argument("--arms", nargs="+", choices=ARMS)
-    parser.add_argument("--borders", nargs="+", type=int)
-    parser.add_argument("--alphas", nargs="+", type=float, help="alpha of neuron and layer")
-    parser.add_argument("--alpha", type=float, default=0.9, help="alpha of the changed ones [%(default)s]")
+    parser.add_argument("--counts", nargs="+", choices=("all", "answers"), default=("all", "answers"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--borders", nargs="+", type=int, default=(1, 2, 3))
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--updates", type=int, default=2400)
-    parser.add_argument("--every", type=int, default=200, help="updates between two tests [%(default)s]")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of g; one: no search")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="a multiple of 12 [%(default)s]")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time [%(default)s]")
-    parser.add_argument("--log", type=Path, help="default: in experiments/logs, recall.csv, "
-                                                 "recall-pairs.csv or recall-answers.csv")
+    parser.add_argument("--log", type=Path, default=study.LOGS / "recall.csv")
     a = parser.parse_args()
-    plain, usual = a.study == "recall", STUDIES[a.study]
-    arms, borders, alphas = (given or those for given, those in zip((a.arms, a.borders, a.alphas), usual))
 
-    def alphas_of(arm):
-        if arm in ("bptt", "cut", "full"):
-            return ("",)
-        return alphas if arm in ("neuron", "layer") else (a.alpha,)
+    def run(cases):
+        study.run(a.log, functools.partial(one, updates=a.updates), cases, a.jobs, updates=a.updates,
+                  alpha=ALPHA,
+                  model=f"QRNN of {NEURONS}, T = {T}, {SYMBOLS} symbols, {FILLERS} fillers, Adam "
+                        f"{SETTINGS.lr}")
 
-    cases = [dict(arm=arm, alpha=alpha, borders=b, seed=seed)
-             for seed in range(a.seeds) for b in borders for arm in arms
-             if not plain or b <= 2 or arm in ("bptt", "full", "neuron", "layer")
-             for alpha in alphas_of(arm)]
-    log = a.log or study.LOGS / f"recall{'' if plain else '-' + a.study}.csv"
-    model = (f"QRNN of {NEURONS}, T = {T}, B = {B if plain else '2 episodes'}, {SYMBOLS} symbols, "
-             f"{FILLERS} fillers, Adam {SETTINGS.lr}")
-    study.run(log, One(updates=a.updates, every=a.every, which=a.study), cases, a.jobs, updates=a.updates,
-              model=model)
+    def rate(counts, arm):
+        if not ARMS[arm]:
+            return ""
+        return a.rates[0] if len(a.rates) == 1 else best_rate(study.read(a.log), counts, arm)
+    if len(a.rates) > 1:
+        run([dict(counts=counts, arm=arm, rate=r, borders=2, seed=seed) for seed in SEARCH_SEEDS
+             for counts in a.counts for arm in a.arms if ARMS[arm] for r in a.rates])
+    run([dict(counts=counts, arm=arm, rate=rate(counts, arm), borders=b, seed=seed)
+         for seed in range(a.seeds) for b in a.borders for counts in a.counts for arm in a.arms])
 
 
 if __name__ == "__main__":

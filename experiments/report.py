@@ -16,30 +16,24 @@ from harness.machine import parameters
 
 OUT = study.ROOT / "experiments"
 REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
-LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "recall-pairs", "recall-answers", "taught",
-        "truncation", *REPRODUCED["small"], *REPRODUCED["paper"])
+LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "truncation",
+        *REPRODUCED["small"], *REPRODUCED["paper"])
 # Test perplexities of the paper that could be checked; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("wt2", "bptt"): 72.6}
 NAMES = {"bptt": "truncated BPTT",
-         "cut": "truncated BPTT, short texts",
          "dni": "neuron-wise DNI",
          "restart": "BPTT with restart",
          "dni-restart": "DNI with restart",
          "alternating": "alternating",
          "full": "full BPTT",
-         "neuron": "neuron-wise DNI",
          "layer": "layer-wise DNI",
-         "window": "neuron-wise, window 2",
-         "scaled": "neuron-wise, targets normalised",
-         "shuffled": "neuron-wise, predictions shuffled among streams",
-         "swapped": "neuron-wise, predictions swapped between streams at the same place",
-         "line": "neuron-wise, g(c) = w c",
-         "amnesic": "neuron-wise, h_g zero at every border",
-         "memory": "neuron-wise, h_g learned over 4 borders",
+         "linear": "layer-wise DNI, one linear map",
+         "neuron": "neuron-wise DNI",
+         "neuron4": "neuron-wise, taught through 4 borders",
          "named": "neuron-wise, each neuron named",
-         "terminal": "neuron-wise, zero at the end of short texts"}
-ORDER = ("bptt", "cut", "full", "neuron", "window", "amnesic", "memory", "scaled", "terminal", "line",
-         "shuffled", "swapped", "named", "layer")
+         "amnesic": "neuron-wise, h_g zero at every border",
+         "line": "neuron-wise, g(c) = w c"}
+ORDER = ("bptt", "full", "layer", "linear", "neuron", "neuron4", "named", "amnesic", "line")
 # The arms of text.py.
 TEXT = {"bptt": "truncated BPTT",
         "full": "longer BPTT (the ceiling)",
@@ -226,41 +220,44 @@ def taught_text(rows):
 
 
 def recall(rows):
-    cases = groups(rows, "arm", "alpha", "borders", "seed")
-    borders = sorted({row["borders"] for row in rows})
-    measures = {"true_cosine": "cosine, true", "own_cosine": "cosine, own",
-                "target_cosine": "cosine, target", "target_r2": "R², target"}
-    lines, agreement = [], []
-    arms = sorted(groups(rows, "arm", "alpha"), key=lambda case: (ORDER.index(case[0]), case[1]))
-    for arm, alpha in arms:
-        line, of_g = [NAMES[arm], alpha or "-"], [NAMES[arm], alpha]
-        for b in borders:
-            mine = [its for case, its in cases.items() if case[:3] == (arm, alpha, b)]
-            if not mine:
-                line += ["not run", "", ""]
-            else:
-                last = [its[-1] for its in mine]
-                accuracy = numbers(last, "accuracy")
-                low, middle, high = quartiles(accuracy)
-                over_floor = [float(row["perplexity"]) / float(row["floor"]) for row in last]
-                line += [f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                         f"{sum(a > 0.9 for a in accuracy)}/{len(mine)}",
-                         f"{statistics.median(over_floor):.3f}"]
-            for name in measures:
-                means = [statistics.mean(numbers(its, name)) for its in mine]
-                of_g.append(f"{statistics.median(means):+.3f}" if mine else "")
-        lines.append(line)
-        if alpha:
-            agreement.append(of_g)
-    head = [h for b in borders for h in (f"{borders_of(b)}: accuracy", "above 0.9", "perplexity / floor")]
+    from recall import SEARCH_SEEDS
+    search = [row for row in rows if int(row["seed"]) in SEARCH_SEEDS]
+    rows = [row for row in rows if int(row["seed"]) not in SEARCH_SEEDS]
+    borders, lines, agreement = sorted({row["borders"] for row in rows}), [], []
+    for counts in ("all", "answers"):
+        arms = groups(having(rows, counts=counts), "arm", "rate")
+        for arm, rate in sorted(arms, key=lambda key: ORDER.index(key[0])):
+            line, of_g = [counts, NAMES[arm], rate or "-"], []
+            for b in borders:
+                mine = groups(having(arms[arm, rate], borders=b), "seed").values()
+                line.append(accuracy_of([its[-1] for its in mine]) if mine else "")
+                for name in ("true_cosine", "target_r2"):
+                    means = [statistics.mean(numbers(its, name)) for its in mine]
+                    of_g.append(f"{statistics.median(means):+.3f}" if means else "")
+            lines.append(line)
+            if rate:
+                agreement.append([*line[:3], *of_g])
     updates = max(int(row["updates"]) for row in rows)
-    return (f"Accuracy of the answer after {updates:,} updates, median [quartiles] over the seeds (chance: "
-            "0.25); how many of the runs ended above 0.9; test perplexity over its floor, median.\n\n"
-            + table(["arm", "α", *head], lines)
-            + "\nDoes g learn? Its predictions against the true future gradient, against the same with a "
-              "factor α a border (own: the best its targets can come to), and against its bootstrapped "
+    text = (f"Accuracy of the answer after {updates:,} updates, median [quartiles] over the seeds (chance: "
+            "0.25), and how many of the runs ended above 0.9.\n\n"
+            + table(["counted", "arm", "rate of g", *map(borders_of, borders)], lines)
+            + "\nDoes g learn? Cosine of its predictions with the true future gradient, and R² with its own "
               "targets in training; means over the tests of a run, medians over seeds.\n\n"
-            + table(["arm", "α", *(f"{b}: {h}" for b in borders for h in measures.values())], agreement))
+            + table(["counted", "arm", "rate of g", *(f"{borders_of(b)}: {of_what}" for b in borders
+                                                      for of_what in ("cosine, true", "R², target"))],
+                    agreement))
+    if search:
+        lines = [[counts, NAMES[arm], rate, accuracy_of(last_of(mine, "seed"))]
+                 for (counts, arm, rate), mine in groups(search, "counts", "arm", "rate").items()]
+        text += ("\nThe search: accuracy over two borders, on seeds of its own.\n\n"
+                 + table(["counted", "arm", "rate of g", "accuracy"], lines))
+    return text
+
+
+def accuracy_of(last):
+    accuracy = numbers(last, "accuracy")
+    low, middle, high = quartiles(accuracy)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}], {sum(a > 0.9 for a in accuracy)}/{len(accuracy)}"
 
 
 def taught(rows):
@@ -398,21 +395,18 @@ def figure_text(plt, rows):
     return figure
 
 
-def figure_recall(plt, studies):
-    """A row of panels for each study, a panel for each number of borders.
-
-    studies: [(what the loss counts, rows)].
-    """
-    borders = sorted({row["borders"] for _, rows in studies for row in rows})
-    figure, axes = plt.subplots(len(studies), len(borders), sharex=True, sharey=True, squeeze=False,
-                                figsize=(4 * len(borders), 0.6 + 2.6 * len(studies)))
-    for (counts, rows), line in zip(studies, axes):
-        line[0].set_ylabel(f"{counts}\naccuracy of the answer")
+def figure_recall(plt, rows):
+    """A row of panels for what is counted, a panel for each number of borders."""
+    borders, counts = sorted({row["borders"] for row in rows}), sorted({row["counts"] for row in rows})
+    figure, axes = plt.subplots(len(counts), len(borders), sharex=True, sharey=True, squeeze=False,
+                                figsize=(4 * len(borders), 0.6 + 2.6 * len(counts)))
+    for what, line in zip(counts, axes):
+        line[0].set_ylabel({"all": "every word counts", "answers": "answers alone count"}[what]
+                           + "\naccuracy of the answer")
         for axis, b in zip(line, borders):
-            for (arm, alpha), mine in groups(having(rows, borders=b), "arm", "alpha").items():
-                if alpha not in ("", "0.9") or arm not in ("bptt", "full", "neuron", "layer"):
-                    continue
-                steps = groups(mine, "updates")
+            for arm in ("bptt", "full", "layer", "neuron"):
+                mine = having(rows, counts=what, borders=b, arm=arm)
+                steps = groups((row for row in mine if int(row["seed"]) < 100), "updates")
                 low, middle, high = zip(*(quartiles(numbers(step, "accuracy")) for step in steps.values()))
                 updates = [int(u) for u, in steps]
                 axis.plot(updates, middle, color=COLOURS[arm], label=NAMES[arm])
@@ -501,10 +495,6 @@ def results(logs):
     section("What could be known on text: `taught.py --data ptb-chars`", taught_text,
             logs["taught-ptb-chars"], "taught-ptb-chars")
     section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
-    section("Is it credit for the symbol? `recall.py --study pairs`", recall,
-            logs["recall-pairs"], "recall-pairs")
-    section("Where nothing else is to be learned: `recall.py --study answers`", recall,
-            logs["recall-answers"], "recall-answers")
     section("What could be known: `taught.py`", taught, logs["taught"], "taught")
     section("Where does it matter? `truncation.py`", truncation, logs["truncation"], "truncation",
             picture="truncation.png")
@@ -528,10 +518,7 @@ def main():
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False,
                          "axes.spines.right": False, "font.size": 9})
-    studies = [(counts, logs[name]) for counts, name in (("every word counts", "recall"),
-                                                         ("answers alone count", "recall-answers"))]
-    studies = [(counts, rows) for counts, rows in studies if rows]
-    for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, studies),
+    for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, logs["recall"]),
                              ("truncation", figure_truncation, logs["truncation"]),
                              ("curves", figure_curves, logs["reproduce-small-ptb"])):
         if rows:

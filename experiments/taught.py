@@ -28,17 +28,24 @@ import study
 import text
 import torch
 import train
+from torch import nn
 
 import data
-from dni import Agreement, Interface, LayerDNI, NeuronDNI, regress
+from dni import Agreement, Interface, regress
 
-# name: (class of g, class of the interface)
-KINDS = {"line": (recall.Line, Interface),
-         "amnesic": (recall.Amnesic, Interface),
-         "neuron": (NeuronDNI, Interface),
-         "memory": (NeuronDNI, recall.Memory),
-         "named": (recall.Named, Interface),
-         "layer": (lambda hidden: LayerDNI([recall.NEURONS], hidden), Interface)}
+class Line(nn.Module):
+    """g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, s, memory=None):
+        return [self.w * c for c in s], memory
+
+
+# name: (g, K: the borders through which it is taught)
+KINDS = {"line": (Line, 1), **{name: arm for name, arm in recall.ARMS.items() if arm}}
 RECALL, TEXT = dict(T=recall.T, chunks=24), dict(T=2, chunks=80)
 RATES, COUNTS = (1e-3, 1e-4, 1e-5), (30, 100, 300)
 
@@ -73,8 +80,10 @@ def one(case, texts=40):
         pass
     test_text = recall.episodes(borders, seed + 1000, 2 * streams, length, answers)
     accuracy, _ = recall.test(model, *test_text)
-    gs = {name: kind(50) for name, (kind, _) in KINDS.items()}
-    dnis = {name: KINDS[name][1](g, torch.optim.Adam(g.parameters(), 3e-3)) for name, g in gs.items()}
+    dnis = {}
+    for name, (g, K) in KINDS.items():
+        g = g()
+        dnis[name] = Interface(g, torch.optim.Adam(g.parameters(), 3e-3), bptt=K)
     agreements, unit = {name: Agreement() for name in dnis}, None
     for n, (x, y) in enumerate(zip(inputs[read:].split(length), targets[read:].split(length))):
         passed = recall.future_gradients(model, x, y)                   # lists of one (B, H)
@@ -129,7 +138,7 @@ def main():
         cases = [dict(loss=loss, updates=200, borders=b, seed=seed)
                  for seed in range(a.seeds or 5) for b in a.borders for loss in ("answers", "all")]
         study.run(study.LOGS / "taught.csv", one, cases, a.jobs,
-                  model="as recall-pairs.csv, full BPTT; g: 40 texts, Adam 0.003")
+                  model="as recall.csv, full BPTT; g: 40 texts, Adam 0.003")
     else:
         cases = [dict(arm=arm, rate=rate, seed=seed) for seed in range(a.seeds or 1) for rate in RATES
                  for arm in ("neuron", "linear", "mlp", "line")]
