@@ -25,7 +25,8 @@ Corpora, by name
 
 Not here: subwords, shuffling, lower-casing of your own text.
 
-Run `python data.py ptb` for the counts of a corpus and what the simplest model of it reaches.
+Run `python data.py ptb` for the counts of a corpus, what the simplest model of it reaches, and how it is
+read.
 """
 
 import hashlib
@@ -314,6 +315,12 @@ def main(arguments):
               f"unigram perplexity {unigram_perplexity(corpus, split):.1f}")
     for fact, value in corpus.facts.items():
         print(f"  {fact} {value:.4f}")
+    print("\nHow a text of 13 tokens is read as B = 2 streams, in chunks of T = 3:")
+    inputs, targets = streams(torch.arange(13), 2)
+    for b in range(2):
+        for what, columns in (("inputs", inputs), ("targets", targets)):
+            chunks = (" ".join(f"{token:2}" for token in chunk[:, b].tolist()) for chunk in columns.split(3))
+            print(f"  stream {b}, {what:8}", " | ".join(chunks))
 
 
 if __name__ == "__main__":

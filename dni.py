@@ -75,14 +75,14 @@ experiments/results.md.)
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
-Run `python dni.py` to see g learn a gradient it can know and fail at one it cannot.
+Run `python dni.py` for Eq. 1 in numbers, a task that truncation cannot learn, and what g can know.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qrnn import Compiled, QRNNLayer
+from qrnn import QRNN, Compiled, QRNNLayer
 
 
 class Interface:
@@ -321,19 +321,102 @@ class Agreement:
         return (pt / (pp * tt).sqrt()).item(), (1 - error / tt).item()
 
 
-if __name__ == "__main__":
+# ------------------------------------------------------------------------------------------------ see it work
+
+def two_chunks():
+    """The gradient of one weight w over two chunks of T = 2: whole, truncated, mended with the true δ."""
+    w = torch.tensor(0.8, requires_grad=True)
+    x, y = torch.tensor([1.0, -1.0, 2.0, 0.5]), torch.tensor([0.5, 1.0, 1.0, -1.0])
+
+    def read(c, x, y):
+        """c_t = c_{t-1} / 2 + w x_t. The last c, and the summed loss Σ (c_t - y_t)²."""
+        loss = 0.0
+        for x_t, y_t in zip(x, y):
+            c = c / 2 + w * x_t
+            loss = loss + (c - y_t) ** 2
+        return c, loss
+
+    def gradient(of, by):
+        return torch.autograd.grad(of, by, retain_graph=True)
+    s_1, first = read(0.0, x[:2], y[:2])                                # s_1: the state at the border
+    _, second = read(s_1, x[2:], y[2:])
+    whole, = gradient(first + second, w)
+    s = s_1.detach().requires_grad_()                                   # cut off from its past
+    _, second = read(s, x[2:], y[2:])
+    of_second, delta = gradient(second, (w, s))
+    of_first, = gradient(first, w)
+    mended, = gradient(first + delta * s_1, w)                          # Eq. 1, with δ in the place of δ^
+    print(f"One neuron c_t = c_(t-1) / 2 + w x_t, two chunks of T = 2. The gradient of w:\n"
+          f"  by BPTT through both chunks            {whole:+.4f}\n"
+          f"  truncated at the border                {of_first + of_second:+.4f}\n"
+          f"  δ, the gradient of the border's state  {delta:+.4f}\n"
+          f"  truncated, with δ injected (Eq. 1)     {mended + of_second:+.4f}\n"
+          "A DNI predicts δ, which chunk 2 alone can know, when chunk 1 ends.\n")
+
+
+def episodes(steps, B, K=4, fillers=8):
+    """Inputs and targets (steps, B). An episode is one of K symbols, 9 random fillers, a query, the symbol.
+
+    Only the answer counts: the other targets are -100. (data.py has the same language as a corpus.)
+    """
+    t = torch.arange(steps)[:, None] + torch.arange(B)                  # each stream starts one step later
+    symbol = torch.randint(K, (steps, B)).gather(0, t // 12 * 12 % steps)
+    inputs = torch.randint(K, K + fillers, (steps, B))
+    place = t % 12                                                      # 0: the symbol, 10: the query
+    inputs = torch.where((place == 0) | (place == 11), symbol, inputs).masked_fill(place == 10, K + fillers)
+    return inputs, symbol.masked_fill(place != 10, -100)
+
+
+def answers(g, updates=500, T=10, B=24, H=64):
+    """Train a QRNN on `episodes`, with g or without. The share of right answers in the last 50 updates.
+
+    The symbol is shown 10 steps before the query, so that one border of chunks of T = 10 lies between them.
+    """
     torch.manual_seed(0)
-    for name, gradient in (("a function of the neuron's value, sin(3 c)", lambda c: torch.sin(3 * c)),
-                           ("a coin toss for each neuron", lambda c: torch.randn_like(c).sign())):
-        g = NeuronDNI()
-        optimizer, memory = torch.optim.Adam(g.parameters(), 3e-3), None
-        print(f"the future gradient is {name}")
-        for border in range(1, 401):
-            s = [torch.rand(8, 16) * 2 - 1, torch.rand(8, 32) * 2 - 1]
-            target, agreement = [gradient(c) for c in s], Agreement()
-            predicted, memory = g(s, memory)
-            memory = tuple(m.detach() for m in memory)
-            agreement.update(predicted, target)
-            regress(optimizer, predicted, target)
-            if border in (1, 25, 100, 400):
-                print("  border {:3d}   cosine {:+.3f}   R² {:+.3f}".format(border, *agreement.result()))
+    inputs, targets = episodes(updates * T, B)
+    embed, rnn, decode = nn.Embedding(13, H), QRNN(H, H), nn.Linear(H, 13)
+    nn.init.constant_(rnn.layers[0].bias[H:2 * H].data, 2.0)            # forget little
+    model = nn.ModuleList([embed, rnn, decode])
+    optimizer, dni, state, right = torch.optim.Adam(model.parameters(), 3e-3), g and Interface(g), None, []
+    for x, y in zip(inputs.split(T), targets.split(T)):
+        h, [(c, x_prev)] = rnn(embed(x), state)
+        logits = decode(h)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / (T * B)
+        if dni:
+            loss = loss + dni.credit(state and [state[0][0]], [c], T * B)
+        optimizer.zero_grad()
+        loss.backward()
+        if dni:
+            dni.learn()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        state = [(c.detach().requires_grad_(), x_prev)]
+        right.append((logits.argmax(-1) == y)[y != -100])
+    return torch.cat(right[-50:]).float().mean().item()
+
+
+def agreement_after(borders, gradient):
+    """(cosine, R²) of a neuron-wise g with a made-up gradient of each neuron, after so many borders."""
+    g, memory, agreement = NeuronDNI(), None, Agreement()
+    optimizer = torch.optim.Adam(g.parameters(), 3e-3)
+    for _ in range(borders):
+        s = [torch.rand(8, 48) * 2 - 1]
+        target = [gradient(c) for c in s]
+        predicted, memory = g(s, memory)
+        memory = tuple(m.detach() for m in memory)
+        agreement.reset()
+        agreement.update(predicted, target)
+        regress(optimizer, predicted, target)
+    return agreement.result()
+
+
+if __name__ == "__main__":
+    two_chunks()
+    print("Recall a symbol that was shown one chunk before (chance 0.25). Right answers after 500 updates:")
+    for name, g in (("truncated BPTT", None), ("layer-wise DNI", LayerDNI([64])),
+                    ("neuron-wise DNI", NeuronDNI())):
+        print(f"  {name:16} {answers(g):.2f}", flush=True)
+    print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
+    for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
+                           ("a coin toss", lambda c: torch.randn_like(c).sign())):
+        print("  {:12} cosine {:+.2f}, R² {:+.2f}".format(name, *agreement_after(200, gradient)))

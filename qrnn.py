@@ -28,7 +28,7 @@ only saves time and memory. Each piece there is proven equal to the plain form i
 
 Not here: bidirectional layers, the QRNN's encoder-decoder attention, a convolution over more than time.
 
-Run `python qrnn.py` to see the backward pass beside autograd's.
+Run `python qrnn.py` to see one product serve all steps, and the backward pass beside autograd's.
 """
 
 import math
@@ -515,6 +515,12 @@ class Compiled:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    layer, x, state = QRNNLayer(3, 4), torch.randn(6, 2, 3), None
+    at_once, _ = layer(x)                                               # (6, 2, 4): one product for six steps
+    for t in range(6):
+        h, state = layer(x[t:t + 1], state)                             # a product for each step, as an LSTM
+        print(f"step {t + 1}: h = {h[0, 0, 0]:+.6f} alone, {at_once[t, 0, 0]:+.6f} in one product for all")
+    print("\nThe backward pass of the pooling:")
     leaves = [x.requires_grad_() for x in (torch.rand(6, 2, 3), torch.randn(6, 2, 3), torch.randn(2, 3))]
     G, G_next = torch.randn(6, 2, 3), torch.randn(2, 3)
     c = pool_loop(*leaves)

@@ -143,7 +143,8 @@ def per_run(bound, i):
 
 
 if __name__ == "__main__":
-    print("E_base = 5, eta from 1e-3 to 0; one line an epoch")
+    print("E_base = 5: run i lasts 5 * 2^i epochs. A warm restart raises the rate and keeps the weights.\n"
+          "Rate from 1e-3 to 0, one line an epoch; the gradients are those of --mode alternating:")
     schedule = SGDR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), base=5)
     for epoch in range(36):
         schedule.step(epoch)
