@@ -2480,10 +2480,12 @@ def test_a_study_does_not_mix_runs(studies, corpus, tmp_path):
 
 
 def test_results_are_what_the_logs_say(studies):
-    """experiments/results.md is what report.py makes of the logs beside it, to the letter."""
+    """experiments/results.md and README's table are what report.py makes of the logs, to the letter."""
     report, study = studies("report"), studies("study")
     logs = {name: study.read(study.LOGS / f"{name}.csv") for name in report.LOGS}
     assert (HERE / "experiments" / "results.md").read_text() == report.results(logs)
+    table = report.readme_table(logs["reproduce-small-ptb"])
+    assert table in README and report.with_table(README, table) == README
 
 
 def test_the_tables_say_what_a_hand_would(studies):
@@ -2503,8 +2505,7 @@ def test_the_tables_say_what_a_hand_would(studies):
     rows = [row for its in trainings for row in training(*its)]
     text = report.reproduce({"small": rows, "paper": rows[:2]})
     assert "| truncated BPTT | 62.78 | 10.00 ± 1.41, 2 seeds, rate 0.2 | 7.00 (one seed), rate 0.1 |" in text
-    assert ("| neuron-wise DNI | not to hand | 8.00 ± 2.83, 2 seeds, rate 0.1 | not run at this scale |"
-            in text)
+    assert "| neuron-wise DNI | 62.42 | 8.00 ± 2.83, 2 seeds, rate 0.1 | not run at this scale |" in text
     assert "| ptb | neuron-wise DNI less truncated BPTT | 2 | -2.00 ± 1.41 |" in text
     bits = {("bptt", "", "0"): 3.0, ("full", "", "0"): 2.0, ("linear", "0.1", "0"): 2.5,
             ("bptt", "", "1"): 3.5, ("full", "", "1"): 2.5, ("linear", "0.1", "1"): 2.7,
