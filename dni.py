@@ -9,7 +9,7 @@ Papers
                  arXiv 1608.05343
     Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language
                  Modeling", section 2.1 (Eq. 1) and section 2.2. Departures from it are numbered as in
-                 README.md.
+                 experiments/departures.md.
 
 Glossary
     name       symbol    shape               meaning
@@ -25,7 +25,7 @@ Glossary
 The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let S_k be the summed
 loss of chunk k and of all chunks after it: S_k = T B L_k + S_{k+1}. Chunk k acts on S_{k+1} through s_{k+1}.
 (In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
-see README.md, below the departures.) With δ_k = dS_k/ds_k, the chain rule says
+see experiments/departures.md, at its end.) With δ_k = dS_k/ds_k, the chain rule says
 
     dS_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        for the θ that chunk k uses: Eq. 1
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}

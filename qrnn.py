@@ -244,7 +244,7 @@ class QRNN(nn.Module):
 class LanguageModel(nn.Module):
     """Embedding -> QRNN stack -> decoder tied to the embedding, regularised as in AWD (paper, section 3).
 
-    (Departure 19 in README.md: the paper says four layers of 1550; here, as in AWD, the last has size E.)
+    (Departure 19: the paper says four layers of 1550; here, as in AWD, the last has size E.)
 
     vocabulary: V words. embedding_size E; hidden_size H; num_layers: all of size H but the last, which is E
     so that decoder and embedding can be one matrix. window: words the first layer sees; the others see 1, as

@@ -2536,6 +2536,10 @@ def test_the_house():
     assert step.end_lineno - step.lineno < 35 and len(text.splitlines()) <= 400
     for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
         assert max(len(line) for line in path.read_text(encoding="utf-8").splitlines()) <= 110, path
+    for path in [*HERE.glob("*.md"), *HERE.glob("experiments/**/*.md")]:
+        prose = [line for line in path.read_text(encoding="utf-8").splitlines() if "](" not in line]
+        assert max(len(line) for line in prose if not line.startswith("|")) <= 110, path
+    assert len(README.split()) <= 1500
 
 
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])

@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 
 import study
 
@@ -373,7 +374,10 @@ def small_ptb():
         rows, tested = study.read(folder / "log.csv"), (folder / "stdout.txt").read_text().split()[-1]
         of_g = (rows[-1][name].replace("nan", "") for name in ("dni_cosine", "dni_r2"))
         lines.append([f"`{mode}`", f"{min(numbers(rows, 'valid_perplexity')):.2f}", tested, *of_g])
-    return table(["mode", "validation", "test", "cosine", "R²"], lines)
+    return ("One training of each mode, `python train.py --mode MODE --data ptb --dni-alpha 0.1`, 15 epochs. "
+            "The best validation perplexity, and cosine and R² of g with its targets in the last epoch. The "
+            "learning rate and the dropout were picked in six short pilots that are not logged.\n\n"
+            + table(["mode", "validation", "test", "cosine", "R²"], lines))
 
 
 def readme_table(rows):
@@ -524,14 +528,16 @@ def results(logs):
     reproduced = {scale: [row for name in names for row in logs[name]] for scale, names in REPRODUCED.items()}
     section("The paper's tables. `reproduce.py`", reproduce, reproduced,
             *REPRODUCED["small"], *REPRODUCED["paper"], picture="curves.png")
-    text.append("\n## Preset `small` on Penn Treebank\n\nOne training of each mode, `python train.py --mode "
-                "MODE --data ptb --dni-alpha 0.1`: 15 epochs; the best validation perplexity; cosine and R² of "
-                "g with its targets in the last epoch. The learning rate and the dropout were picked in six "
-                "short pilots that are not logged.\n\n" + small_ptb())
+    text.append("\n## Preset `small` on Penn Treebank\n\n" + small_ptb())
     text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): "
                 f"neuron-wise {parameters(NeuronDNI()):,} parameters, "
                 f"layer-wise {parameters(LayerDNI([1550] * 3 + [400])):,}.\n")
-    return "\n".join(text)
+    return "\n".join(wrapped(line) for line in "\n".join(text).split("\n"))
+
+
+def wrapped(line):
+    """A line of prose in lines of at most 108 columns; a row of a table as it is."""
+    return line if line.startswith(("|", "!")) else textwrap.fill(line, 108, break_on_hyphens=False)
 
 
 def with_table(readme, table):
