@@ -1032,7 +1032,7 @@ def gradients_of_a_run(mode, kind="neuron", steps=4, **changes):
     return gradients, dni
 
 
-@pytest.mark.parametrize("kind", ["neuron", "layer"])
+@pytest.mark.parametrize("kind", ["neuron", "layer", "linear"])
 def test_a_dni_trained_but_not_used_changes_nothing(kind):
     """While g only learns, every gradient of the model is BPTT's, bit for bit, dropout included; then not.
 
@@ -1712,7 +1712,8 @@ OTHER_VALUES = dict(
 
 
 @pytest.mark.parametrize("given", [
-    dict(mode="bptt"), dict(mode="dni"), dict(mode="dni", dni="layer"), dict(mode="restart"),
+    dict(mode="bptt"), dict(mode="dni"), dict(mode="dni", dni="layer"),
+    dict(mode="dni", dni="linear"), dict(mode="restart"),
     dict(mode="restart", gradient="synthetic"), dict(mode="alternating"),
     dict(mode="alternating", restarts=(0.3,)), dict(mode="restart", eta_max=(0.01,))], ids=str)
 def test_a_setting_is_accepted_where_it_has_an_effect(given):

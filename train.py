@@ -154,8 +154,7 @@ def chunk_borders(length, settings, epoch=0):
 
 
 def train_epoch(place, model, optimizer, schedule, dni, text, settings, mixed=contextlib.nullcontext()):
-    """Train on what `place` has left of an epoch. Moves `place` on and yields after each chunk, for the
-    keeper.
+    """Train on what is left of an epoch. Moves `place` on and yields after each chunk, for the keeper.
 
     text: inputs and targets, (L, B) each. No chunk follows the last one, so nothing is injected there.
     """
@@ -234,6 +233,7 @@ def train(place, model, optimizer, schedule, dni, text, valid_tokens, settings, 
 FOR_RESTARTS = (lambda s: s.mode in SGDR_MODES, "--mode restart or alternating")
 FOR_DNI = (uses_synthetic, "--mode dni, alternating, or restart --gradient synthetic")
 FOR_NEURON_DNI = (lambda s: uses_synthetic(s) and s.dni == "neuron", f"--dni neuron, in {FOR_DNI[1]}")
+FOR_HIDDEN = (lambda s: uses_synthetic(s) and s.dni != "linear", f"--dni neuron or layer, in {FOR_DNI[1]}")
 FOR_RECALL = (lambda s: s.data == "recall", "--data recall")
 
 
@@ -246,7 +246,7 @@ class Settings:
                             (lambda s: s.mode == "restart", "--mode restart"))
     first: str = setting("real", "in run 0 (3.2); authors' WT2 commands: synthetic", ("real", "synthetic"),
                          (lambda s: s.mode == "alternating", "--mode alternating"))
-    dni: str = setting("neuron", "neuron-wise (2.2) or layer-wise (DNI)", ("neuron", "layer"), FOR_DNI)
+    dni: str = setting("neuron", "neuron- (2.2) or layer-wise (DNI)", ("neuron", "layer", "linear"), FOR_DNI)
     epochs: int = setting(15, "passes over the training text; the paper: 320 (3.2)", COUNT)
     seed: int = setting(42, "of all random numbers (authors' code)", SEED)
     # The model.
@@ -283,7 +283,7 @@ class Settings:
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart", None, FOR_RESTARTS)
     # The interface.
     dni_alpha: float = setting(0.9, "discount α; Eq. 1 has none: 1, authors' code: 0.1", FROM_0, FOR_DNI)
-    dni_hidden: int = setting(50, "neurons of g (2.2)", COUNT, FOR_DNI)
+    dni_hidden: int = setting(50, "neurons of g (2.2)", COUNT, FOR_HIDDEN)
     dni_lr: float = setting(1e-3, "Adam's learning rate for g", POSITIVE, FOR_DNI)
     dni_bptt: int = setting(1, "borders through which g is taught (2.2)", COUNT, FOR_NEURON_DNI)
     dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6", FROM_0, FOR_DNI)
@@ -343,6 +343,7 @@ def build(s, vocabulary, device):
     if s.dni == "neuron":
         g = NeuronDNI(window=s.dni_window, zoneout=s.dni_zoneout, compile=s.compile, **options)
     else:
+        options["hidden_size"] *= s.dni == "layer"                      # 0 stands for one linear map
         g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], **options)
     machine.set_random_state(before, device)
     g_optimizer = torch.optim.Adam(g.to(device).parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused)
@@ -372,10 +373,9 @@ def main(argv):
     keeper = Keeper(s, place, parts, divided, sums, generators, device, len(text[0]), corpus.fingerprint(),
                     hint="try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
     keeper.open(out, resume, f"{Path(s.data).name}-{s.mode}")
-    print(*describe(corpus), sep="\n")
-    its_dni = f", {s.dni}-wise DNI of {machine.parameters(dni.g):,}" if dni else ""
-    print(f"model of {machine.parameters(model):,} parameters{its_dni}; {machine.describe(device, mixed)}; "
-          f"in {keeper.folder}", flush=True)
+    its_dni = f", {s.dni} DNI of {machine.parameters(dni.g):,}" if dni else ""
+    print(*describe(corpus), f"model of {machine.parameters(model):,} parameters{its_dni}; "
+          f"{machine.describe(device, mixed)}; in {keeper.folder}", sep="\n", flush=True)
     try:
         with keeper:
             train(place, model, optimizer, schedule, dni, text, valid_tokens, s, mixed, keeper)

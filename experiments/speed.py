@@ -141,11 +141,13 @@ def indexing_loop(f, z, c0):
 
 
 def step(preset, mode, compiled, kind, device):
-    """A whole training step of train.py on random text: forward, backward, g in mode dni, clipping, Adam.
+    """A whole training step of train.py on random text: forward, backward, g, clipping, Adam.
 
-    Of several processes, this one's, with the gradients of the model averaged.
+    mode: bptt, dni, or dni4 with g taught through 4 borders (--dni-bptt 4). Of several processes, this one's,
+    with the gradients of the model averaged.
     """
-    s = dataclasses.replace(PRESETS[preset], mode=mode, compile=compiled)
+    s = dataclasses.replace(PRESETS[preset], mode=mode.rstrip("4"), compile=compiled,
+                            dni_bptt=4 if mode == "dni4" else 1)
     model, optimizer, dni = train.build(s, VOCABULARY, device)
     processes.average_gradients(model)
     model.train()
@@ -154,7 +156,7 @@ def step(preset, mode, compiled, kind, device):
 
     def once():
         nonlocal state
-        _, state = train.train_step(model, optimizer, dni, text[:-1], text[1:], state, mode == "dni", s,
+        _, state = train.train_step(model, optimizer, dni, text[:-1], text[1:], state, dni is not None, s,
                                     autocast)
     return once
 
@@ -209,13 +211,14 @@ def steps_table(sizes, rounds, device):
         for name, kind in TYPES.items():
             contestants = {"products": products(shapes_of(s), tokens, kind, device)}
             for form in ("plain", "compiled"):
-                for mode in ("bptt", "dni"):
+                for mode in ("bptt", "dni", "dni4"):
                     contestants[f"{mode} {form}"] = step(preset, mode, form == "compiled", kind, device)
             times = side_by_side(contestants, rounds, device, f"step, {preset}, {name}")
             for what in contestants:
                 mode, _, form = what.partition(" ")
+                has_g = mode.startswith("dni")
                 rows.append(row(times, what, "products", preset=preset, precision=name,
-                                dni_bptt=ratio(times, what, f"bptt {form}") if mode == "dni" else None,
+                                dni_bptt=ratio(times, what, f"bptt {form}") if has_g else None,
                                 tokens=tokens / statistics.median(times[what]) if form else None))
     return rows
 
@@ -241,7 +244,7 @@ def process_table(sizes, _, device):
     rows = []
     for preset in sizes:
         for name in TYPES:
-            for what in ("bptt plain", "dni plain", "bptt compiled", "dni compiled"):
+            for what in ("bptt plain", "dni plain", "dni4 plain", "bptt compiled", "dni compiled"):
                 tell(f"memory and compilation: {preset} {name} {what}")
                 with tempfile.TemporaryDirectory() as cache:
                     process = subprocess.run(
