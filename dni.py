@@ -35,15 +35,15 @@ Nobody knows δ_{k+1} before all the text is read. So α times g's prediction ta
     gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}
     target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
-The first line is the synthetic gradient at work. The second is a TARGET for g, made of T true steps and of
+The first line trains the model. The second is a TARGET for g, made of T true steps and of
 g's own next prediction. Temporal-difference learning does the same with values. What g has learned about
-border k + 1 enters its target for border k: so credit can travel further back than one chunk. With α < 1 the
-loss of the n-th chunk ahead counts αⁿ, which keeps the errors of g from feeding themselves. The paper has
-α = 1, and calls s_1, s_2 and δ_1 here h_T, h_2T and δ_T.
+border k + 1 enters its target for border k: so credit can travel further back than one chunk. With α < 1
+each chunk further ahead counts α times less, so that g's errors shrink on their way back. The paper has α =
+1, and calls s_1, s_2 and δ_1 here h_T, h_2T and δ_T.
 
 Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
-summed loss, and does not depend on B. In the unit of the mean, targets would be a thousandth as large, and
-the gradients of φ so small that the epsilon of g's Adam, 1e-8, would matter.
+summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
+the epsilon of g's Adam, 1e-8, would distort its steps.
 
 One backward pass makes both lines, divided by T B. Add to the loss the number (α / T B) Σ δ^_{k+1} ·
 s_{k+1}, a sum over layers, streams and neurons with δ^ held constant. Its derivative in s_{k+1} is α
@@ -52,26 +52,13 @@ B, in s_k.grad.
 
 What happens in chunk k, between the borders k and k + 1:
 
-    credit()    asks g twice. δ^_k = g(s_k), with a graph for φ, is to be corrected, and h_g moves on.
-                δ^_{k+1} = g(s_{k+1}), without, is injected, and h_g stays.
+    credit()    asks g twice. First for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves
+                on. Then for δ^_{k+1} = g(s_{k+1}), without a graph: it is injected. h_g stays.
     backward()  leaves target_k / T B in s_k.grad. It does not touch φ.
     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 
 In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
 corrected.
-
-What can g know? Let the model, in state s, give the probability P_s(x) to the words x that follow. The loss
-to come is then -log P_s(x). Suppose that the model is calibrated: given s, words do follow with these
-probabilities. Then the mean of the gradient of s, over all that may follow s, is
-
-    E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
-
-and the best prediction from s alone is zero. Yet truncation loses something. The lost gradient of θ is the
-mean of (ds/dθ)ᵀ δ, and ds/dθ depends on words that s has forgotten. So g can know two things only: what
-the model does not make use of yet, which shrinks as it learns, and what g sees and s does not, such as h_g.
-Both are small beside the noise of a single gradient. So g must take a mean over many borders: its learning
-rate must be small. (Proved by counting in test_all.py, test_what_a_state_can_tell; measured on text in
-experiments/results.md.)
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
@@ -117,7 +104,8 @@ class Interface:
 
         s: the leaves that the chunk began with, a list of (B, H_l), each requiring a gradient; None where a
         text begins and nothing is to be predicted. s_next: the states it ended with, still in their graph.
-        tokens: T B, which the loss is a mean over. inject: with False g learns and is not used: zero.
+        tokens: T B, which the loss is a mean over. inject: with False g learns and is not used. The sum is
+        zero then, and target_k holds the T true steps alone.
         Raises ValueError or RuntimeError, with what to do, for a wrong shape, graph or order of calls.
         """
         self.check(s, s_next, inject)
@@ -289,6 +277,19 @@ def start_last_layer(linear, bound):
 
 
 # ----------------------------------------------------------------------------------------- does g learn?
+#
+# What can g know? Let the model, in state s, give the probability P_s(x) to the words x that follow. The loss
+# to come is then -log P_s(x). Suppose that the model is calibrated: given s, words do follow with these
+# probabilities. Then the mean of the gradient of s, over all that may follow s, is
+#
+#     E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
+#
+# and the best prediction from s alone is zero. Truncation still loses something: the gradient of θ that
+# crosses the border is (ds/dθ)ᵀ δ, and ds/dθ depends on words that s has forgotten. So g can predict
+# only what the model does not make use of yet. It can also use its memory h_g, which s lacks. Both signals
+# are small beside the noise of a single gradient, so g must average over many borders: its learning rate must
+# be small. (Proved by counting in test_all.py, test_what_a_state_can_tell; measured on text in
+# experiments/results.md.)
 
 class Agreement:
     """Two running measures of predictions p against targets t, over all neurons and borders seen.
@@ -346,12 +347,13 @@ def two_chunks():
     of_second, delta = gradient(second, (w, s))
     of_first, = gradient(first, w)
     mended, = gradient(first + delta * s_1, w)                          # Eq. 1, with δ in the place of δ^
+    of_state, = gradient(s_1, w)
     print(f"One neuron c_t = c_(t-1) / 2 + w x_t, two chunks of T = 2. The gradient of w:\n"
           f"  by BPTT through both chunks            {whole:+.4f}\n"
           f"  truncated at the border                {of_first + of_second:+.4f}\n"
-          f"  δ, the gradient of the border's state  {delta:+.4f}\n"
-          f"  truncated, with δ injected (Eq. 1)     {mended + of_second:+.4f}\n"
-          "A DNI predicts δ, which chunk 2 alone can know, when chunk 1 ends.\n")
+          f"  δ, the gradient of the border's state  {delta:+.4f}   (and ds/dw = {of_state:+.4f})\n"
+          f"  truncated + δ ds/dw (Eq. 1)            {mended + of_second:+.4f}\n"
+          "Only chunk 2 can know δ. A DNI predicts it when chunk 1 ends.\n")
 
 
 def episodes(steps, B, K=4, fillers=8):
@@ -416,6 +418,8 @@ if __name__ == "__main__":
     for name, g in (("truncated BPTT", None), ("layer-wise DNI", LayerDNI([64])),
                     ("neuron-wise DNI", NeuronDNI())):
         print(f"  {name:16} {answers(g):.2f}", flush=True)
+    print("Truncated BPTT is above chance: a trace of the symbol is left in the state. The neuron-wise g\n"
+          "does harm here, for its predictions mean nothing: see experiments/results.md.")
     print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
     for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
                            ("a coin toss", lambda c: torch.randn_like(c).sign())):

@@ -1,8 +1,8 @@
 """SGDR: a learning rate that falls along a cosine and restarts warm, in runs of doubling length.
 
-A high rate travels and a low one settles. Each run does first one and then the other. A restart is warm: it
-puts the rate up again and keeps the weights, so that training leaves the minimum it has settled in and looks
-for another from there.
+A high rate makes large steps across the loss, a low one ends in a minimum. Each run does first one and then
+the other. A restart is warm: it raises the rate again and keeps the weights, so that training can leave the
+minimum it has found and look for another from there.
 
 Papers
     SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts",
@@ -23,7 +23,7 @@ Glossary
 
 Not here: momentum schedules, warm-up, averaging of the weights at the end of a run.
 
-Run `python sgdr.py` to see the schedule of the paper.
+Run `python sgdr.py` to see the paper's schedule with E_base = 5, as in the authors' code.
 """
 
 import bisect
@@ -44,7 +44,10 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     """The run that a moment lies in, how long it has lasted, and how long it is: Run(i, E_cur, E_i).
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
-    base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
+    base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315. In
+    words:
+        take off the length of run 0, then that of run 1, and so on while enough is left. (The code below
+        solves for i, for there may be many runs.)
     restarts: restart at these epochs instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors'
         code's; after the last of them come runs as long as the last.
     A moment within rounding of a restart is the restart. (For base 0.1 run 2 begins at 0.3, computed as

@@ -77,14 +77,19 @@ def steps():
     axis.text(border, y - 0.1, "✕", color=RED, fontsize=13, ha="center", va="center")
     arrow(axis, (5.98, y - 0.1), (5.12, y - 0.1), RED)
     box(axis, border, 0.85, "g", width=0.9, height=0.46, colour=BLUE, size=13)
-    arrow(axis, (4.72, y), (4.72, 1.11), BLUE)
-    axis.text(4.64, 1.62, "sees", color=BLUE, fontsize=10, ha="right", va="center")
-    arrow(axis, (4.53, 0.85), (3.8, 1.82), BLUE)
-    axis.text(3.45, 1.2, "2  synthesise: $\\alpha\\,\\hat\\delta_{k+1}$ goes into\n"
+    arrow(axis, (4.78, y), (4.78, 1.11), BLUE)
+    axis.text(4.72, 1.62, "sees", color=BLUE, fontsize=10, ha="right", va="center")
+    arrow(axis, (9.9, y - 0.1), (9.42, y - 0.1), BLUE)
+    axis.text(9.66, y - 0.3, "$\\alpha\\,\\hat\\delta_{k+2}$", color=BLUE, fontsize=10, ha="center",
+              va="center")
+    axis.plot([4.53, 4.4, 4.4], [0.85, 0.85, y - 0.1], color=BLUE, linewidth=1.4)
+    arrow(axis, (4.4, y - 0.1), (4.02, y - 0.1), BLUE)
+    axis.text(4.25, 1.2, "2  synthesise: $\\alpha\\,\\hat\\delta_{k+1}$ goes into\n"
                          "the backward pass of chunk k", color=BLUE, fontsize=10, ha="right", va="center")
     arrow(axis, (5.28, y - 0.14), (5.28, 1.11), RED)
-    axis.text(5.6, 1.2, "4  regress: g is taught the gradient\nthat chunk k + 1 finds for $s_{k+1}$",
-              color=RED, fontsize=10, va="center")
+    axis.text(5.6, 1.2, "4  regress, in chunk k + 1: g is taught the gradient\n"
+              "that $s_{k+1}$ receives there (with $\\hat\\delta_{k+2}$ in it)", color=RED, fontsize=10,
+              va="center")
     axis.text(0.35, 0.25, "1  forward (black)        3  backward (red), stopped at the border        "
               "5  update the weights of the QRNN", fontsize=10, va="center")
     return figure
@@ -110,7 +115,8 @@ def qrnn():
         arrow(axis, (x, 1.53), (x, 1.83))
         box(axis, x, 2.05, f"$f_{n + 1} c_{n} + (1 - f_{n + 1}) z_{n + 1}$", width=1.28, height=0.4, size=8)
         arrow(axis, (x, 2.27), (x, 2.57))
-        axis.text(x, 2.72, f"$c_{n + 1}$", ha="center", va="center", fontsize=11)
+        axis.text(x, 2.72, f"$c_{n + 1} \\to h_{n + 1} = o_{n + 1} c_{n + 1}$", ha="center", va="center",
+                  fontsize=9)
         if n < 2:
             arrow(axis, (x + 0.65, 2.05), (x + 0.85, 2.05))
     return figure
