@@ -2360,17 +2360,21 @@ def test_the_rate_of_recall_is_searched_on_seeds_of_its_own(studies):
 
 
 def test_a_longer_reach_of_text(studies):
-    """text.py's ceiling: the gradient of the last chunk's loss alone, through all the chunks before it."""
+    """text.py's ceiling: the gradient of the last chunk's loss alone, through all the chunks before it.
+
+    It enters with the state before the first of them.
+    """
     text, T = studies("text"), 5
     tokens = torch.randint(7, (3 * T + 1, 4))
     chunks = [(tokens[k * T:][:T], tokens[k * T + 1:][:T]) for k in range(3)]
-    weights = []
+    first, weights = [(torch.randn(4, text.HIDDEN), torch.zeros(0, 4, text.EMBEDDING))], []
     for form in ("full", "by hand"):
         torch.manual_seed(3)
-        model, state = text.Reader(7), None
+        model, state = text.Reader(7), first
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
         if form == "full":
-            text.full_update(model, optimizer, [(x, y, None) for x, y in chunks], 1e9)
+            recent = [(x, y, before) for (x, y), before in zip(chunks, (first, None, None))]
+            text.full_update(model, optimizer, recent, 1e9)
         else:
             for x, y in chunks:
                 loss, _, state = model.loss(x, y, state)
