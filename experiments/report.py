@@ -167,7 +167,7 @@ def text_lengths(rows, keys):
     for T in sorted({T for _, T in keys}, key=int):
         for arm in TEXT:
             key = keys.get((arm, T))
-            if not key:
+            if key not in found:
                 continue
             its, gains = found[key], given_back(found, key)
             line = [T, TEXT[arm], key[3] or "-", len(its), spread(list(bits_of(its).values()), 3, "")]
@@ -182,10 +182,10 @@ def text_lengths(rows, keys):
                   "share of the ceiling's", "cosine with target", "R²"], lines)
 
 
-def text_alphas(rows):
-    """Gain over truncated BPTT for each α."""
+def text_alphas(rows, search):
+    """Gain over truncated BPTT for each α, at the rates that the rows `search` say are best."""
     from text import best_rates
-    best, found, lines = best_rates(rows), ends(rows), []
+    best, found, lines = best_rates(search), ends(rows), []
     alphas = ("0.1", "0.9", "1.0")
     for T in ("2", "5"):
         for arm in ("linear", "mlp", "neuron"):
@@ -199,8 +199,10 @@ def text_alphas(rows):
 
 
 def characters(rows):
-    parts = [text_rates(rows), "Each g at its best rate, α = 1.\n\n" + text_lengths(rows, at_best(rows))]
-    alphas = text_alphas(rows)
+    best, others = at_best(rows), [row for row in rows if row["seed"] != "0"]
+    parts = [text_rates(rows), "Each g at its best rate, α = 1, on seeds that were not used to find it.\n\n"
+             + text_lengths(others, best)]
+    alphas = text_alphas(others, rows)
     if alphas:
         parts.append("The discount α: fewer bits than truncated BPTT, same seeds.\n\n" + alphas)
     return "\n".join(parts)
@@ -393,12 +395,14 @@ def readme_table(rows):
 
 def figure_text(plt, rows):
     """Bits, share of the gap and R² against T, each arm at its best rate."""
-    found, keys = ends(rows), at_best(rows)
-    lengths = sorted({T for _, T in keys}, key=int)
+    found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
+    lengths = sorted({T for _, T, _, _ in found}, key=int)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
     for arm in ("bptt", "full", "linear", "mlp", "neuron", "line"):
         look = dict(color=COLOURS[arm], label=TEXT[arm], marker="o", markersize=4, capsize=2)
-        mine = [keys[arm, T] for T in lengths if (arm, T) in keys]
+        mine = [keys[arm, T] for T in lengths if keys.get((arm, T)) in found]
+        if not mine:
+            continue
 
         def draw(axis, values):
             """values: a list a T."""

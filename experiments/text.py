@@ -1,8 +1,8 @@
 """Does a synthetic gradient help on text? Which kind of g, at which chunk length T, at which learning rate of
 g?
 
-    python experiments/text.py --study rates     each g at five rates, T of 2 and 5, one seed
-    python experiments/text.py --study T         each g at its best rate, T of 2, 5, 10 and 20
+    python experiments/text.py --study rates     each g at five rates, T of 2 and 5, one seed: 0
+    python experiments/text.py --study T         each g at its best rate, T of 2, 5, 10 and 20, other seeds
     python experiments/text.py --study alpha     the discount α of three kinds of g, T of 2 and 5
     python experiments/text.py --study memory    g taught through K borders of its own time, in two ways
     python experiments/text.py --study words     words, T of 5, 20 and 70
@@ -171,8 +171,8 @@ def cases(which, chosen):
         return dict(arm=arm, T=T, alpha="" if plain else alpha, rate="" if plain else rate, seed=seed)
 
     def at_best(arms, lengths, seeds, alpha=1.0):
-        return [case(arm, T, seed, chosen.get(arm, ""), alpha) for seed in range(seeds) for T in lengths
-                for arm in arms if arm in chosen or not ARMS[arm]]
+        return [case(arm, T, seed, chosen.get(arm, ""), alpha) for seed in range(1, seeds + 1)
+                for T in lengths for arm in arms if arm in chosen or not ARMS[arm]]
     if which == "rates":
         baselines = [case(arm, T, 0) for T in (2, 5) for arm in ("bptt", "full")]
         quick, slow = ("linear", "mlp", "line"), ("neuron", "named")
