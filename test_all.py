@@ -2412,6 +2412,29 @@ def test_two_ways_to_teach_g_through_four_borders(studies):
     close([p.detach() for p in g.parameters()], [p.detach() for p in by_hand.parameters()])
 
 
+def test_each_arm_of_text_is_what_it_is_called(studies, monkeypatch):
+    """text.py with α = 0 is truncated BPTT, to the last digit. α, g's rate and K each change the result, and
+    so does the longer reach.
+    """
+    text = studies("text")
+    corpus = types.SimpleNamespace(train=torch.arange(32 * 101) ** 2 % 17, valid=torch.arange(500) ** 2 % 17,
+                                   vocabulary=range(17))
+    monkeypatch.setattr(data, "load_corpus", lambda name: corpus)
+    monkeypatch.setattr(text, "UPDATES", {2: 20})
+    monkeypatch.setattr(text, "HIDDEN", 8)
+
+    def bits(arm, alpha="", rate=""):
+        rows = text.one(dict(arm=arm, T=2, alpha=alpha, rate=rate, seed=3))
+        assert [row["updates"] for row in rows] == list(range(2, 21, 2))
+        return [row["bits"] for row in rows]
+    bptt = bits("bptt")
+    assert bits("linear", 0.0, 0.1) == bptt and bits("neuron", 0.0, 0.1) == bptt
+    different = [bptt, bits("full"), bits("linear", 1.0, 0.1), bits("linear", 0.5, 0.1),
+                 bits("linear", 1.0, 0.05), bits("mlp", 1.0, 0.1), bits("line", 1.0, 0.1),
+                 bits("neuron", 1.0, 0.1), bits("neuron4", 1.0, 0.1), bits("every4", 1.0, 0.1)]
+    assert len(set(map(tuple, different))) == len(different)
+
+
 def test_the_best_rate_of_text(studies):
     """text.py takes along the rate with the fewest bits at T = 2 and 5 together: at the end, α 1, seed 0."""
     text = studies("text")
