@@ -328,7 +328,7 @@ def pool_backward(G: torch.Tensor, G_next: torch.Tensor, f: torch.Tensor, z: tor
     G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
     for t in range(len(r) - 2, -1, -1):
         torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])       # r_t = G_t + f_{t+1} r_{t+1}
-    return r * (c[:-1] - z), r * (1 - f), f[0] * r[0]
+    return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]                   # r first: results lie in memory as it
 
 
 @pool_forward.register_fake
@@ -338,7 +338,7 @@ def _(f, z, c0):
 
 @pool_backward.register_fake
 def _(G, G_next, f, z, c):
-    return torch.empty(f.shape, dtype=f.dtype, device=f.device), torch.empty_like(z), torch.empty_like(G_next)
+    return f.new_empty(f.shape), z.new_empty(z.shape), G_next.new_empty(G_next.shape)
 
 
 if triton:

@@ -48,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dni as dni_module
+import qrnn as qrnn_module
 import train
 from dni import Agreement, Interface, LayerDNI, NeuronDNI, joined, regress
 from harness import checkpoints, command_line, keeper, machine
@@ -416,6 +417,17 @@ for capability in (75, 80, 90):
 """
     lines = python(code).split("\n")[:-1]
     assert lines == [f"{c} True {c >= 80}" for c in (75, 80, 90) for _ in range(2)]
+
+
+def test_the_pooling_is_to_the_compiler_what_it_is():
+    """What the two operations promise to torch.compile is what they do: shapes, types, strides, no aliases."""
+    f, z, c0 = (x.detach() for x in gates())
+    strided = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (torch.randn_like(f), f, z)]
+    for (G, f, z) in ((torch.randn_like(f), f, z), strided):
+        c = qrnn_module.pool_forward(f, z, c0)
+        for operation, inputs in ((qrnn_module.pool_forward, (f, z, c0)),
+                                  (qrnn_module.pool_backward, (G, torch.randn_like(c0), f, z, c))):
+            torch.library.opcheck(operation, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_pooling_gradcheck():
