@@ -420,7 +420,7 @@ for capability in (75, 80, 90):
 
 
 def test_the_pooling_is_to_the_compiler_what_it_is():
-    """What the two operations promise to torch.compile is what they do: shapes, types, strides, no aliases."""
+    """What both operations promise to torch.compile is what they do: shapes, types, strides, no aliases."""
     f, z, c0 = (x.detach() for x in gates())
     strided = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (torch.randn_like(f), f, z)]
     for (G, f, z) in ((torch.randn_like(f), f, z), strided):
