@@ -2529,8 +2529,8 @@ def test_results_are_what_the_logs_say(studies):
     report, study = studies("report"), studies("study")
     logs = {name: study.read(study.LOGS / f"{name}.csv") for name in report.LOGS}
     assert (HERE / "experiments" / "results.md").read_text() == report.results(logs)
-    table = report.readme_table(logs["reproduce-small-ptb"])
-    assert table in README and report.with_table(README, table) == README
+    tables = report.readme_tables(logs)
+    assert report.with_tables(README, tables) == README and all(table in README for table in tables.values())
 
 
 def test_the_tables_say_what_a_hand_would(studies):

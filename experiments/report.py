@@ -382,8 +382,24 @@ def small_ptb():
             + table(["mode", "validation", "test", "cosine", "R²"], lines))
 
 
-def readme_table(rows):
-    """The table of README.md, from the rows of reproduce.py at scale small."""
+def readme_tables(logs):
+    """The tables of README.md, {name: text}."""
+    return {"methods": methods_table(logs["reproduce-small-ptb"]), "text": gains_table(logs["text"])}
+
+
+def gains_table(rows):
+    """Bits saved against truncated BPTT for each T, on seeds that were not used to find the rates."""
+    found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
+    lengths, lines = sorted({T for _, T, _, _ in found}, key=int), []
+    for arm in ("full", "linear", "mlp", "line", "neuron"):
+        of = [keys.get((arm, T)) for T in lengths]
+        gains = [[gain for gain, _ in given_back(found, key).values()] if key in found else [] for key in of]
+        lines.append([TEXT[arm], *(spread(g, 3, "") if g else "" for g in gains)])
+    return table(["bits saved per character", *(f"T = {T}" for T in lengths)], lines)
+
+
+def methods_table(rows):
+    """The paper's methods, from the rows of reproduce.py at scale small."""
     lines = []
     for method in ("bptt", "dni", "restart", "dni-restart", "alternating"):
         ours = numbers(last_of(chosen(rows, "ptb", method), "seed"), "test_perplexity")
@@ -544,17 +560,17 @@ def wrapped(line):
     return line if line.startswith(("|", "!")) else textwrap.fill(line, 108, break_on_hyphens=False)
 
 
-def with_table(readme, table):
-    """The text of README.md with this table between its two markers."""
-    return re.sub(r"(<!-- table.*?-->\n).*?(<!-- end -->)", lambda marks: marks[1] + table + marks[2], readme,
-                  flags=re.S)
+def with_tables(readme, tables):
+    """The text of README.md with these tables between their markers, `<!-- table NAME -->`, `<!-- end -->`."""
+    return re.sub(r"(<!-- table (\w+).*?-->\n).*?(<!-- end -->)",
+                  lambda marks: marks[1] + tables[marks[2]] + marks[3], readme, flags=re.S)
 
 
 def main():
     logs = {name: study.read(study.LOGS / f"{name}.csv") for name in LOGS}
     (OUT / "results.md").write_text(results(logs))
     readme = study.ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), readme_table(logs["reproduce-small-ptb"])))
+    readme.write_text(with_tables(readme.read_text(), readme_tables(logs)))
     try:
         import matplotlib
     except ImportError:
