@@ -2457,7 +2457,8 @@ def test_the_best_rate_of_text(studies):
     rows = [row("0.1", "2", "2.5"), row("0.1", "5", "2.5"), row("0.01", "2", "2.3"), row("0.01", "5", "2.6"),
             row("0.01", "5", "1.0", updates=10), row("0.1", "2", "1.0", seed="1"),
             row("1.0", "2", "1.0"), row("0.2", "2", "1.0", alpha="0.9"), row("0.2", "5", "1.0", alpha="0.9"),
-            row("", "2", "1.0", arm="bptt"), row("", "5", "1.0", arm="bptt")]
+            row("", "2", "1.0", arm="bptt"), row("", "5", "1.0", arm="bptt"),
+            row("0.01", "10", "9.0"), row("0.01", "20", "9.0")]
     assert text.best_rates(rows) == {"linear": 0.01}
     cases = text.cases("T", {"linear": 0.01})
     assert {c["rate"] for c in cases if c["arm"] == "linear"} == {0.01}

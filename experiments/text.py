@@ -193,7 +193,8 @@ def best_rates(rows):
     last = {}
     for row in rows:
         ended = int(row["updates"]) == UPDATES[int(row["T"])]
-        if ended and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0"):
+        searched = row["T"] in ("2", "5") and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0")
+        if ended and searched:
             last.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
     whole = {key: sum(bits) for key, bits in last.items() if len(bits) == 2}
     return {arm: float(min((bits, rate) for (a, rate), bits in whole.items() if a == arm)[1])
