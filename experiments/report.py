@@ -98,7 +98,7 @@ def borders_of(b):
 
 def table(head, rows):
     lines = (head, ["---"] * len(head), *rows)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines) + "\n"
 
 
 def made_by(log):
