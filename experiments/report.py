@@ -561,7 +561,7 @@ def wrapped(line):
 
 
 def with_tables(readme, tables):
-    """The text of README.md with these tables between their markers, `<!-- table NAME -->`, `<!-- end -->`."""
+    """The text of README.md with these tables between their markers: <!-- table NAME -->, <!-- end -->."""
     return re.sub(r"(<!-- table (\w+).*?-->\n).*?(<!-- end -->)",
                   lambda marks: marks[1] + tables[marks[2]] + marks[3], readme, flags=re.S)
 
