@@ -52,8 +52,8 @@ B, in s_k.grad.
 
 What happens in chunk k, between the borders k and k + 1:
 
-    credit()    asks g twice. First for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves
-                on. Then for δ^_{k+1} = g(s_{k+1}), without a graph: it is injected. h_g stays.
+    credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
+                Then it asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it. h_g stays.
     backward()  leaves target_k / T B in s_k.grad. It does not touch φ.
     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 
@@ -285,11 +285,10 @@ def start_last_layer(linear, bound):
 #     E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
 #
 # and the best prediction from s alone is zero. Truncation still loses something: the gradient of θ that
-# crosses the border is (ds/dθ)ᵀ δ, and ds/dθ depends on words that s has forgotten. So g can predict
-# only what the model does not make use of yet. It can also use its memory h_g, which s lacks. Both signals
-# are small beside the noise of a single gradient, so g must average over many borders: its learning rate must
-# be small. (Proved by counting in test_all.py, test_what_a_state_can_tell; measured on text in
-# experiments/results.md.)
+# crosses the border is (ds/dθ)ᵀ δ, and ds/dθ depends on words that s has forgotten. So from s alone, g
+# can predict something only while the model is not calibrated. With its memory h_g it may know more than s
+# says. Such signals are small beside the noise of a single gradient. So g must average over many borders: it
+# must learn slowly. (Proved by counting in test_all.py, test_what_a_state_can_tell.)
 
 class Agreement:
     """Two running measures of predictions p against targets t, over all neurons and borders seen.
