@@ -88,8 +88,8 @@ def steps():
                          "the backward pass of chunk k", color=BLUE, fontsize=10, ha="right", va="center")
     arrow(axis, (5.28, y - 0.14), (5.28, 1.11), RED)
     axis.text(5.6, 1.2, "4  regress, in chunk k + 1: g is taught the gradient\n"
-              "that $s_{k+1}$ receives there (with $\\alpha\\,\\hat\\delta_{k+2}$ in it)", color=RED, fontsize=10,
-              va="center")
+              "that $s_{k+1}$ receives there (with $\\alpha\\,\\hat\\delta_{k+2}$ in it)", color=RED,
+              fontsize=10, va="center")
     axis.text(0.35, 0.25, "1  forward (black)        3  backward (red), stopped at the border        "
               "5  update the weights of the QRNN", fontsize=10, va="center")
     return figure
