@@ -2425,8 +2425,8 @@ def test_two_ways_to_teach_g_through_four_borders(studies):
 
 
 def test_each_arm_of_text_is_what_it_is_called(studies, monkeypatch):
-    """text.py with α = 0 is truncated BPTT, to the last digit. α, g's rate and K each change the result, and
-    so does the longer reach.
+    """text.py with α = 0 is truncated BPTT, to the last digit. α, g's rate, K, the kind of g and the longer
+    reach each change the result.
     """
     text = studies("text")
     corpus = types.SimpleNamespace(train=torch.arange(32 * 101) ** 2 % 17, valid=torch.arange(500) ** 2 % 17,

@@ -33,6 +33,7 @@ from torch import nn
 import data
 from dni import Agreement, Interface, regress
 
+
 class Line(nn.Module):
     """g(c) = w c, with w the only parameter: all it can say is "away from zero" or "towards it"."""
 
@@ -46,8 +47,8 @@ class Line(nn.Module):
 
 # name: (g, K: the borders through which it is taught)
 KINDS = {"line": (Line, 1), **{name: arm for name, arm in recall.ARMS.items() if arm}}
-RECALL, TEXT = dict(T=recall.T, chunks=24), dict(T=2, chunks=80)
-RATES, COUNTS = (1e-3, 1e-4, 1e-5), (30, 100, 300)
+CHUNKS = 24                                                             # of a text of recall
+TEXT_T, TEXT_CHUNKS, RATES, COUNTS = 2, 80, (1e-3, 1e-4, 1e-5), (30, 100, 300)       # of ptb-chars
 
 
 def lesson(dni, borders, unit, agreement):
@@ -71,7 +72,7 @@ def one(case, texts=40):
     """
     answers, borders, seed = case["loss"] == "answers", case["borders"], case["seed"]
     streams, read = 2 * (borders * recall.T + 2), case["updates"] * recall.T
-    length = RECALL["chunks"] * recall.T                                # of a text
+    length = CHUNKS * recall.T                                # of a text
     inputs, targets = recall.episodes(borders, seed, streams, read + texts * length, answers)
     torch.manual_seed(seed)
     model = recall.Reader(recall.QUERY + 1)
@@ -99,7 +100,7 @@ def one(case, texts=40):
 
 def one_of_text(case, updates=text.UPDATES[2], counts=COUNTS):
     """ptb-chars. A row for each number of texts in `counts`."""
-    T, length = TEXT["T"], TEXT["T"] * TEXT["chunks"]
+    T, length = TEXT_T, TEXT_T * TEXT_CHUNKS
     corpus = data.load_corpus("ptb-chars")
     inputs, targets = data.streams(corpus.train, text.B)
     torch.manual_seed(case["seed"])
@@ -110,9 +111,8 @@ def one_of_text(case, updates=text.UPDATES[2], counts=COUNTS):
         _, state = train.train_step(model, optimizer, None, inputs[k:k + T], targets[k:k + T], state, False,
                                     settings)
     make, kind, K = text.ARMS[case["arm"]]
-    g, rows, agreement, unit = make(), [], Agreement(), None
+    g, rows, agreement, unit, learned = make(), [], Agreement(), None, 0
     dni = kind(g, torch.optim.Adam(g.parameters(), case["rate"], fused=True), 1.0, K)
-    learned = 0
     for n in range(1, counts[-1] + 1):
         here = slice(updates * T + (n - 1) * length, updates * T + n * length)
         passed = recall.future_gradients(model, inputs[here], targets[here], T)
