@@ -88,15 +88,15 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def load_corpus(name, data_dir=None, **recall_options):
-    """The corpus of that name (see above), as a Corpus. recall_options are those of `recall`.
+def load_corpus(name, data_dir=None, delay=80):
+    """The corpus of that name (see above), as a Corpus. delay: of `recall`.
 
     Raises CorpusError where it is unknown, not to be found or downloaded, empty, or not UTF-8.
     """
     if name == "pydoc":
         return pydoc()
     if name == "recall":
-        return recall(**recall_options)
+        return recall(delay)
     if name == "ptb-chars":
         words = {split: lines(path) for split, path in find_or_download("ptb", data_dir).items()}
         spelt = {split: [list("_".join(line)) for line in text] for split, text in words.items()}

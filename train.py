@@ -234,7 +234,6 @@ FOR_RESTARTS = (lambda s: s.mode in SGDR_MODES, "--mode restart or alternating")
 FOR_DNI = (uses_synthetic, "--mode dni, alternating, or restart --gradient synthetic")
 FOR_NEURON_DNI = (lambda s: uses_synthetic(s) and s.dni == "neuron", f"--dni neuron, in {FOR_DNI[1]}")
 FOR_HIDDEN = (lambda s: uses_synthetic(s) and s.dni != "linear", f"--dni neuron or layer, in {FOR_DNI[1]}")
-FOR_RECALL = (lambda s: s.data == "recall", "--data recall")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +264,7 @@ class Settings:
     # Optimisation.
     lr: float = setting(3e-3, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
                         POSITIVE, (lambda s: s.mode not in SGDR_MODES or not s.eta_max, "no --eta-max"))
+    beta2: float = setting(0.999, "of Adam; its β1 is 0.9 (Adam's default)", SHARE)
     l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD's code)", FROM_0)
     clip: float = setting(0.25, "largest norm of the gradient; authors' code: 0.2, WT2 0.25", ABOVE_0)
     batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", COUNT)
@@ -297,8 +297,6 @@ class Settings:
     # Evaluation and limits.
     valid_batch_size: int = setting(10, "streams of validation text (authors' code); the test is one", COUNT)
     max_steps: int = setting(0, "stop after so many steps, 0: never; to try settings out", FROM_0)
-    recall_delay: int = setting(80, "fillers before the answer; above bptt for a border", COUNT, FOR_RECALL)
-    recall_symbols: int = setting(4, "symbols of the corpus recall", COUNT, FOR_RECALL)
     # The machine.
     device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "of products; auto: bf16 where it is native", ("auto", "fp32", "bf16"))
@@ -320,7 +318,7 @@ SMALL = Settings()                                                      # for tw
 PAPER = dataclasses.replace(
     SMALL, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4, dropout_output=0.4,
     dropout_hidden=0.3, dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, clip=0.2,
-    bptt=200, jitter=True, e_base=5.0, dni_alpha=1.0, recall_delay=250)
+    bptt=200, jitter=True, e_base=5.0, dni_alpha=1.0)
 PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
 PRESETS = {"small": SMALL, "paper": PAPER, "paper wt2": PAPER_WT2}
 
@@ -334,7 +332,7 @@ def build(s, vocabulary, device):
     model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers, window=s.window,
                           zoneout=s.zoneout, compile=s.compile, **dropouts).to(device)
     fused = {"fused": True} if device in ("cpu", "cuda") else {}
-    optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.l2, **fused)
+    optimizer = torch.optim.Adam(model.parameters(), s.lr, (0.9, s.beta2), weight_decay=s.l2, **fused)
     if not uses_synthetic(s):
         return model, optimizer, None
     # Every mode draws the same dropout masks: g leaves torch's generator as it was, and has its own.
@@ -358,7 +356,7 @@ def main(argv):
     device, mixed = machine.prepare(s.device, s.precision)
     processes.join(device)
     with processes.first_process_first():                               # it may have to download
-        corpus = load_corpus(s.data, s.data_dir or None, delay=s.recall_delay, symbols=s.recall_symbols)
+        corpus = load_corpus(s.data, s.data_dir or None, delay=s.bptt + 10)          # of recall: a border
     text = streams(corpus.train.to(device), s.batch_size, s.bptt)       # (L, B) twice
     valid_tokens, test_tokens = corpus.valid.to(device), corpus.test.to(device)
     streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)  # raise where there is too little

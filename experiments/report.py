@@ -42,15 +42,17 @@ ORDER = ("bptt", "full", "layer", "linear", "neuron", "neuron4", "named", "amnes
 # The arms of text.py.
 TEXT = {"bptt": "truncated BPTT",
         "full": "longer BPTT (the ceiling)",
+        "twice": "BPTT through two chunks",
         "linear": "layer-wise, one linear map",
         "mlp": "layer-wise, MLP",
         "neuron": "neuron-wise (the paper's)",
         "neuron4": "neuron-wise, taught through 4 borders at each border",
         "every4": "neuron-wise, taught through 4 borders at every fourth",
         "named": "neuron-wise, each neuron named",
-        "line": "each neuron its own line"}
+        "line": "each neuron its own line",
+        "constant": "each neuron its own constant"}
 RED, BLUE, GREEN, GREY = "#d62728", "#1f77b4", "#2ca02c", "0.35"
-COLOURS = {"bptt": GREY, "full": GREEN, "neuron": RED, "layer": BLUE,
+COLOURS = {"bptt": GREY, "full": GREEN, "twice": "#9467bd", "neuron": RED, "layer": BLUE,
            "linear": BLUE, "mlp": "#17becf", "line": "#ff7f0e",
            "dni": RED, "restart": GREY, "dni-restart": RED, "alternating": BLUE}
 
@@ -391,7 +393,7 @@ def gains_table(rows):
     """Bits saved against truncated BPTT for each T, on seeds that were not used to find the rates."""
     found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
     lengths, lines = sorted({T for _, T, _, _ in found}, key=int), []
-    for arm in ("full", "linear", "mlp", "line", "neuron"):
+    for arm in ("full", "twice", "linear", "mlp", "line", "neuron"):
         of = [keys.get((arm, T)) for T in lengths]
         gains = [[gain for gain, _ in given_back(found, key).values()] if key in found else [] for key in of]
         lines.append([TEXT[arm], *(spread(g, 3, "") if g else "" for g in gains)])
@@ -414,7 +416,7 @@ def figure_text(plt, rows):
     found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
     lengths = sorted({T for _, T, _, _ in found}, key=int)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
-    for arm in ("bptt", "full", "linear", "mlp", "neuron", "line"):
+    for arm in ("bptt", "full", "twice", "linear", "mlp", "neuron", "line"):
         look = dict(color=COLOURS[arm], label=TEXT[arm], marker="o", markersize=4, capsize=2)
         mine = [keys[arm, T] for T in lengths if keys.get((arm, T)) in found]
         if not mine:
@@ -427,6 +429,7 @@ def figure_text(plt, rows):
         draw(left, [list(bits_of(found[key]).values()) for key in mine])
         if arm not in ("bptt", "full"):
             draw(middle, [[share for _, share in given_back(found, key).values()] for key in mine])
+        if keys[arm, lengths[0]][3]:                                    # it has a g
             draw(right, [numbers(found[key].values(), "r2") for key in mine])
     left.set(ylabel="bits per character", title="validation text")
     middle.set(ylabel="share", title="share of the truncation gap given back")
@@ -438,7 +441,7 @@ def figure_text(plt, rows):
         axis.set_xticks([int(T) for T in lengths], lengths)
         axis.minorticks_off()
         axis.set(xlabel="T, characters of a chunk")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
     return figure
 
 

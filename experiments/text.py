@@ -14,6 +14,7 @@ read the same characters; on words they read the text once.
     bptt      truncated backpropagation through time
     full      the loss of a chunk is backpropagated through the 40 steps before its end, or the chunk before
               it if that is longer: the ceiling
+    twice     the same through the chunk before alone, the simplest alternative to a g
     linear    layer-wise, one linear map 256 -> 256
     mlp       layer-wise, 256 -> 256 -> 256 -> 256
     neuron    the paper's: neuron-wise, scalar in and out, memory h_g
@@ -21,6 +22,7 @@ read the same characters; on words they read the text once.
     every4    the same, taught through 4 borders, in one update every 4 borders
     named     neuron-wise, with a learnt vector of 50 numbers for each neuron
     line      each neuron has its own line, a_i c_i + b_i
+    constant  each neuron has its own constant, b_i
 
 The measure is bits per token on the validation text (of the characters the first 200,000), and for a g cosine
 and R^2 with its targets in the last fifth of the updates. Resumable: a case that is in the log is not run
@@ -65,11 +67,12 @@ class Reader(nn.Module):
 # ------------------------------------------------------------------------------------------------ kinds of g
 
 class Line(nn.Module):
-    """a_i c_i + b_i for neuron i."""
+    """a_i c_i + b_i for neuron i; b_i alone without a slope."""
 
-    def __init__(self):
+    def __init__(self, slope=True):
         super().__init__()
-        self.a, self.b = nn.Parameter(torch.zeros(HIDDEN)), nn.Parameter(torch.zeros(HIDDEN))
+        self.a = nn.Parameter(torch.zeros(HIDDEN)) if slope else 0.0
+        self.b = nn.Parameter(torch.zeros(HIDDEN))
 
     def forward(self, s, memory=None):
         return [self.a * c + self.b for c in s], None
@@ -106,11 +109,12 @@ class Every(Interface):
 
 
 # arm: (g, its interface, K)
-ARMS = {"bptt": None, "full": None,
+ARMS = {"bptt": None, "full": None, "twice": None,
         "linear": (lambda: LayerDNI([HIDDEN], 0), Interface, 1),
         "mlp": (lambda: LayerDNI([HIDDEN], HIDDEN), Interface, 1),
         "neuron": (NeuronDNI, Interface, 1), "neuron4": (NeuronDNI, Interface, 4),
-        "every4": (NeuronDNI, Every, 4), "named": (Named, Interface, 1), "line": (Line, Interface, 1)}
+        "every4": (NeuronDNI, Every, 4), "named": (Named, Interface, 1), "line": (Line, Interface, 1),
+        "constant": (lambda: Line(slope=False), Interface, 1)}
 
 
 # ------------------------------------------------------------------------------------------------- one case
@@ -142,6 +146,7 @@ def one(case, every=10, name="ptb-chars"):
     model = Reader(len(corpus.vocabulary))
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
     dni, state, recent, rows, started = None, None, [], [], time.monotonic()
+    reach = {"full": max(REACH // T, 2), "twice": 2}                    # in chunks
     if ARMS[arm]:
         g, kind, K = ARMS[arm]
         g = g()
@@ -149,8 +154,8 @@ def one(case, every=10, name="ptb-chars"):
     for k in range(updates):
         start = k * T % (len(inputs) - T)
         x, y = inputs[start:start + T], targets[start:start + T]
-        if arm == "full":
-            recent = [*recent, (x, y, state)][-max(REACH // T, 2):]
+        if arm in reach:
+            recent = [*recent, (x, y, state)][-reach[arm]:]
             state = full_update(model, optimizer, recent, s.clip)
         else:
             _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, s)
@@ -175,12 +180,12 @@ def cases(which, chosen):
                 for T in lengths for arm in arms if arm in chosen or not ARMS[arm]]
     if which == "rates":
         baselines = [case(arm, T, 0) for T in (2, 5) for arm in ("bptt", "full")]
-        quick, slow = ("linear", "mlp", "line"), ("neuron", "named")
+        quick, slow = ("linear", "mlp", "line", "constant"), ("neuron", "named")
         return baselines + [case(arm, T, 0, rate) for arms in (quick, slow) for T in (2, 5)
                             for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-6) for arm in arms]
     if which == "T":
-        return at_best(("bptt", "full", "linear", "mlp", "line"), UPDATES, 5) + at_best(
-            ("neuron", "named"), UPDATES, 3)
+        quick = ("bptt", "full", "twice", "linear", "mlp", "line", "constant")
+        return at_best(quick, UPDATES, 5) + at_best(("neuron", "named"), UPDATES, 3)
     if which == "alpha":
         return [c for alpha in (0.1, 0.9) for c in at_best(("linear", "mlp", "neuron"), (2, 5), 2, alpha)]
     if which == "memory":
