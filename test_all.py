@@ -2498,6 +2498,18 @@ def test_what_can_be_known_of_text_is_learned(studies, monkeypatch):
     assert read == 2 * list(range(4, 4 + 20 * 160))
 
 
+def test_the_search_trains_what_it_says(studies):
+    """Each case is a command that train.py understands; `cosine` is one run of SGDR over all epochs."""
+    search = studies("search")
+    for case in search.CASES:
+        settings, _, _ = parsed(*map(str, search.arguments(case["method"])), *case["options"].split())
+        assert settings.epochs == search.EPOCHS and settings.data == "ptb"
+    settings, _, _ = parsed(*map(str, search.arguments("cosine")))
+    assert run_at(settings.epochs - 1e-3, settings.e_base).index == 0 == run_at(0, settings.e_base).index
+    settings, _, _ = parsed(*map(str, search.arguments("alternating")))
+    assert run_at(settings.epochs - 1e-3, settings.e_base).index == 3   # as in 15 epochs with E_base = 1
+
+
 @SLOW
 def test_a_study_goes_on_and_reports(studies, tmp_path):
     """A study does each case once, whatever it is called for again, and its report is made of its log."""
