@@ -44,7 +44,7 @@ from dni import Interface, LayerDNI, NeuronDNI
 from harness import checkpoints, command_line, machine, processes
 from harness.command_line import (ABOVE_0, COUNT, FROM_0, NUMBERS, POSITIVE, RISING, SEED, SHARE, UserError,
                                   setting)
-from harness.keeper import Interrupted, Keeper, sample
+from harness.keeper import Keeper, sample
 from qrnn import LanguageModel
 from sgdr import SGDR, per_run
 
@@ -54,10 +54,9 @@ from sgdr import SGDR, per_run
 SGDR_MODES = ("restart", "alternating")
 
 
-def uses_synthetic(settings):
-    """Whether these settings need an interface at all."""
-    mode, gradient = settings.mode, settings.gradient
-    return mode in ("dni", "alternating") or (mode, gradient) == ("restart", "synthetic")
+def uses_synthetic(s):
+    """Whether the settings s need an interface at all."""
+    return s.mode in ("dni", "alternating") or (s.mode, s.gradient) == ("restart", "synthetic")
 
 
 def gradient_source(settings, run, epoch):
@@ -86,10 +85,7 @@ def cells(state):
 
 
 def cut(state):
-    """The state as the next chunk begins with it: same values, no history; the c's are leaves for a gradient.
-
-    (A copy, lest the views c_T and x_T keep the whole chunk's buffers alive.)
-    """
+    """A copy of the state to begin a chunk with: same values, no history; the c's collect a gradient."""
     return [(c.detach().clone().requires_grad_(), x_prev.detach().clone()) for c, x_prev in state]
 
 
@@ -190,10 +186,7 @@ def train_epoch(place, model, optimizer, schedule, dni, text, settings, mixed=co
 
 @torch.no_grad()
 def evaluate(model, tokens, batch_size, mixed=contextlib.nullcontext(), bptt=200):
-    """Mean nll in nats of a text, tokens (n,), read as streams (see there): state carried, no dropout.
-
-    (Departure 16: the authors' code divides by the number of tokens, one more than there are predictions.)
-    """
+    """Mean nll in nats of a text, tokens (n,), as streams: state carried, no dropout. (Departure 16.)"""
     was_training, total, state = model.training, 0.0, None
     model.eval()
     inputs, targets = streams(tokens, batch_size)
@@ -212,18 +205,27 @@ def perplexity(nll):
 
 def train(place, model, optimizer, schedule, dni, text, valid_tokens, settings, mixed, keeper):
     """Epoch after epoch, from `place` on. The keeper counts them in place.epoch, and may end the training."""
+    def test():
+        """The validation nll, and a row of log.csv."""
+        keeper.average_sums()
+        valid = evaluate(model, valid_tokens, settings.valid_batch_size, mixed)
+        cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
+        return valid, dict(
+            epoch=f"{place.epoch + place.start / len(text[0]):.6g}", run=place.run, gradient=place.source,
+            learning_rate=float(f"{place.rate:.4e}"),
+            train_perplexity=round(perplexity(place.total / place.start), 3),
+            valid_perplexity=round(perplexity(valid), 3), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
+    every = settings.validate_every * len(text[0])                      # in steps
     for _ in range(place.epoch, settings.epochs):
+        tests = place.start // every
         for _ in train_epoch(place, model, optimizer, schedule, dni, text, settings, mixed):
+            if place.start // every > tests and place.start < len(text[0]):
+                tests = place.start // every
+                keeper.log(test()[1])
             keeper.step_done()
             if keeper.enough:                                           # --max-steps
                 break
-        valid = evaluate(model, valid_tokens, settings.valid_batch_size, mixed)
-        cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
-        keeper.epoch_done(valid, dict(
-            epoch=place.epoch + 1, run=place.run, gradient=place.source,
-            learning_rate=float(f"{place.rate:.4e}"),
-            train_perplexity=round(perplexity(place.total / place.start), 3),
-            valid_perplexity=round(perplexity(valid), 3), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5)))
+        keeper.epoch_done(*test())
         if keeper.enough:
             break
 
@@ -296,6 +298,8 @@ class Settings:
                                  "--mode dni, or restart --gradient synthetic"))
     # Evaluation and limits.
     valid_batch_size: int = setting(10, "streams of validation text (authors' code); the test is one", COUNT)
+    validate_every: float = setting(1.0, "epochs from one row of log.csv to the next",
+                                    (lambda x: 0 < x <= 1, "above 0 and at most 1"))
     max_steps: int = setting(0, "stop after so many steps, 0: never; to try settings out", FROM_0)
     # The machine.
     device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
@@ -305,7 +309,8 @@ class Settings:
     data_dir: str = setting("", "folder of PTB and WT2; default $QRNN_DATA, else corpora/", None,
                             (lambda s: s.data in ("ptb", "ptb-chars", "wt2"), "--data ptb, ptb-chars or wt2"))
 
-    MAY_CHANGE = ("epochs", "max_steps", "device", "precision", "checkpoint_every", "compile", "data_dir")
+    MAY_CHANGE = ("epochs", "validate_every", "max_steps", "device", "precision", "checkpoint_every",
+                  "compile", "data_dir")
 
     def check(self):
         """Raise UserError where two settings contradict each other."""
@@ -349,7 +354,7 @@ def build(s, vocabulary, device):
 
 
 def main(argv):
-    """Train, test the best model, return the exit status. Raises UserError, CorpusError, NotFinite."""
+    """Train, test the best model, return the exit status. Raises CorpusError and those of command_line.py."""
     s, out, resume = command_line.parse(argv, PRESETS, checkpoints.read_settings, __doc__)
     if s.data not in CORPORA and Path(s.data).is_dir():
         s = dataclasses.replace(s, data=str(Path(s.data).resolve()))    # to resume from anywhere
@@ -374,12 +379,8 @@ def main(argv):
     its_dni = f", {s.dni} DNI of {machine.parameters(dni.g):,}" if dni else ""
     print(*describe(corpus), f"model of {machine.parameters(model):,} parameters{its_dni}; "
           f"{machine.describe(device, mixed)}; in {keeper.folder}", sep="\n", flush=True)
-    try:
-        with keeper:
-            train(place, model, optimizer, schedule, dni, text, valid_tokens, s, mixed, keeper)
-    except Interrupted as interrupted:
-        print(interrupted, flush=True)
-        return interrupted.status
+    with keeper:
+        train(place, model, optimizer, schedule, dni, text, valid_tokens, s, mixed, keeper)
     if keeper.rank == 0:
         keeper.load_best()
         print("sampled:", *sample(model, corpus.vocabulary), sep="\n  ")

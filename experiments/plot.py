@@ -2,8 +2,8 @@
 
     python experiments/plot.py trainings/ptb-alternating trainings/ptb-restart --out training.png
 
-What is drawn is each folder's log.csv. Vertical lines are restarts, at the beginning of the epoch they fall
-in. Shaded epochs ended with synthetic gradients, in the first training that has any. Needs matplotlib.
+What is drawn is each folder's log.csv. Vertical lines are restarts, at the row before the one they fall in.
+Shaded spans ended with synthetic gradients, in the first training that has any. Needs matplotlib.
 """
 
 import argparse
@@ -22,17 +22,18 @@ def draw(plt, logs):
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1),
                                           layout="constrained")
     for width, (label, rows) in zip(range(len(logs), 0, -1), logs.items()):     # so that none hides another
-        epochs, look = [int(row["epoch"]) for row in rows], dict(linewidth=width, marker=".", ms=width + 5)
+        epochs, look = [float(row["epoch"]) for row in rows], dict(linewidth=width, marker=".", ms=width + 5)
         above.plot(epochs, [float(row["valid_perplexity"]) for row in rows], label=label, **look)
         below.plot(epochs, [float(row["learning_rate"]) for row in rows], **look)
-    pairs = [pair for rows in logs.values() for pair in zip(rows, rows[1:])]
-    restarts = {int(last["epoch"]) for last, row in pairs if last["run"] != row["run"]}
-    spans = [[int(row["epoch"]) for row in rows if row["gradient"] == "synthetic"] for rows in logs.values()]
+    pairs = [list(zip([{**rows[0], "epoch": 0}, *rows], rows)) for rows in logs.values()]
+    restarts = {float(last["epoch"]) for its in pairs for last, row in its if last["run"] != row["run"]}
+    spans = [[(float(last["epoch"]), float(row["epoch"])) for last, row in its
+              if row["gradient"] == "synthetic"] for its in pairs]
     for axis in (above, below):
         for n, epoch in enumerate(sorted(restarts)):
             axis.axvline(epoch, color="0.6", linewidth=0.6, zorder=0, label="_" * n + "restart")
-        for n, epoch in enumerate(next(filter(None, spans), [])):
-            axis.axvspan(epoch - 1, epoch, color="0.9", linewidth=0, zorder=-1,
+        for n, span in enumerate(next(filter(None, spans), [])):
+            axis.axvspan(*span, color="0.9", linewidth=0, zorder=-1,
                          label="_" * n + "synthetic gradients")
     above.set(ylabel="validation perplexity", xlim=(0, None))
     below.set(ylabel="learning rate", xlabel="epoch", yscale="log")

@@ -16,7 +16,6 @@ equal updates and equal tokens:
     neuron    the neuron-wise DNI (paper, 2.2)
     neuron4   the same, taught through 4 borders of its own time (dni_bptt)
     named     neuron-wise, and g gets a learnt vector of 50 numbers for each neuron: it knows which is which
-    amnesic   neuron-wise, and g forgets: h_g is zero at every border
 
 A text asks two things, which symbol it was and when the query comes, and the gradients of both cross a
 border. So there are two counts. With `all`, the loss is that of every word. With `answers`, what follows any
@@ -87,11 +86,6 @@ def mean_nll(logits, targets):
 
 # ------------------------------------------------------------------------------------------------ kinds of g
 
-class Amnesic(NeuronDNI):
-    def forward(self, s, memory=None):
-        return super().forward(s)
-
-
 class Named(NeuronDNI):
     neurons = NEURONS
 
@@ -108,7 +102,7 @@ class Named(NeuronDNI):
 # arm: (g, K: the borders through which it is taught)
 ARMS = {"bptt": None, "full": None, "linear": (lambda: LayerDNI([NEURONS], 0), 1),
         "layer": (lambda: LayerDNI([NEURONS]), 1), "neuron": (NeuronDNI, 1), "neuron4": (NeuronDNI, 4),
-        "named": (Named, 1), "amnesic": (Amnesic, 1)}
+        "named": (Named, 1)}
 
 
 # --------------------------------------------------------------------------------------------------- one case

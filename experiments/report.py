@@ -18,7 +18,7 @@ from harness.machine import parameters
 
 OUT = study.ROOT / "experiments"
 REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
-LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "truncation",
+LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "search",
         *REPRODUCED["small"], *REPRODUCED["paper"])
 # The test perplexities of the paper's Tables 1 and 2; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("ptb", "dni"): 62.42, ("ptb", "restart"): 64.44,
@@ -29,6 +29,7 @@ NAMES = {"bptt": "truncated BPTT",
          "dni": "neuron-wise DNI",
          "restart": "BPTT with restart",
          "dni-restart": "DNI with restart",
+         "cosine": "BPTT, one cosine without restart",
          "alternating": "alternating",
          "full": "full BPTT",
          "layer": "layer-wise DNI",
@@ -36,9 +37,8 @@ NAMES = {"bptt": "truncated BPTT",
          "neuron": "neuron-wise DNI",
          "neuron4": "neuron-wise, taught through 4 borders",
          "named": "neuron-wise, each neuron named",
-         "amnesic": "neuron-wise, h_g zero at every border",
          "line": "neuron-wise, g(c) = w c"}
-ORDER = ("bptt", "full", "layer", "linear", "neuron", "neuron4", "named", "amnesic", "line")
+ORDER = ("bptt", "full", "layer", "linear", "neuron", "neuron4", "named", "line")
 # The arms of text.py.
 TEXT = {"bptt": "truncated BPTT",
         "full": "longer BPTT (the ceiling)",
@@ -289,28 +289,6 @@ def taught(rows):
             + table(["interface", *head], lines) + f"\n{len({row['seed'] for row in rows})} seeds.\n")
 
 
-def truncation(rows):
-    last = {(row["T"], row["arm"], row["alpha"], row["seed"]): row
-            for row in last_of(rows, "T", "arm", "alpha", "seed")}
-    lines = []
-    cases = {case[:3] for case in last}
-    for T, arm, alpha in sorted(cases, key=lambda case: (int(case[0]), ORDER.index(case[1]), case[2])):
-        mine = {seed: row for (*case, seed), row in last.items() if case == [T, arm, alpha]}
-        plain = {seed: last.get((T, "bptt", "", seed)) for seed in mine}
-        gains = [float(row["test_perplexity"]) - float(plain[seed]["test_perplexity"])
-                 for seed, row in mine.items() if plain[seed]]
-        line = [T, NAMES[arm], alpha or "-", len(mine)]
-        line += [spread(numbers(mine.values(), name)) for name in ("valid_perplexity", "test_perplexity")]
-        if arm == "bptt":
-            line += ["", "", ""]
-        else:
-            line += [spread(gains), spread(numbers(mine.values(), "dni_cosine"), 3),
-                     spread(numbers(mine.values(), "dni_r2"), 4)]
-        lines.append(line)
-    return table(["T", "arm", "α", "seeds", "validation", "test", "test, less BPTT of the same seed",
-                  "cosine with target, last epoch", "R²"], lines)
-
-
 def chosen(rows, data, method):
     """The trainings of a method at the rate that was best on validation text with its first seed."""
     from reproduce import best_rate
@@ -369,6 +347,17 @@ def differences_and_search(rows):
             "scale small.\n\n" + table(["corpus", "difference", "seeds", "mean"], pairs),
             "The search at scale small: best validation perplexity of the first seed at each rate.\n\n"
             + table(["corpus", "method", "seed", *rates], search)]
+
+
+def searched(rows):
+    """The best validation perplexity of each case of search.py."""
+    lines = []
+    for (method, lr, options), its in groups(rows, "method", "lr", "options").items():
+        best = min(its, key=lambda row: float(row["valid_perplexity"]))
+        lines.append([NAMES[method], lr, f"`{options}`" * bool(options),
+                      *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
+    return ("Perplexity of validation and training text (the latter with dropout) at the best epoch.\n\n"
+            + table(["method", "rate", "besides", "validation", "training"], lines))
 
 
 def small_ptb():
@@ -469,33 +458,6 @@ def figure_recall(plt, rows):
     return figure
 
 
-def figure_truncation(plt, rows):
-    last = {(row["T"], row["arm"], row["seed"]): float(row["test_perplexity"])
-            for row in last_of(rows, "T", "arm", "alpha", "seed") if row["alpha"] in ("", "0.9")}
-    lengths = sorted({T for T, _, _ in last}, key=int)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
-    for arm in ("bptt", "neuron", "layer"):
-        look = dict(color=COLOURS[arm], markersize=4)
-        found = {T: {seed: value for (t, a, seed), value in last.items() if (t, a) == (T, arm)}
-                 for T in lengths}
-        means = {int(T): statistics.mean(values.values()) for T, values in found.items() if values}
-        left.plot(list(means), list(means.values()), "o-", label=NAMES[arm], **look)
-        for T in lengths if arm != "bptt" else ():
-            plain = {seed: last.get((T, "bptt", seed)) for seed in found[T]}
-            gains = [value - plain[seed] for seed, value in found[T].items() if plain[seed]]
-            beside = int(T) * (0.96 if arm == "neuron" else 1.04)
-            label = NAMES[arm] if T == lengths[0] else None
-            right.plot([beside] * len(gains), gains, "o", label=label, **look)
-    right.axhline(0, color="0.35", linewidth=0.8)
-    for axis, label in ((left, "test perplexity"), (right, "test perplexity less BPTT's, same seed")):
-        axis.set_xscale("log")
-        axis.set_xticks([int(T) for T in lengths], lengths)
-        axis.minorticks_off()
-        axis.set(xlabel="T, steps of a chunk", ylabel=label)
-        axis.legend(fontsize=7)
-    return figure
-
-
 def figure_curves(plt, rows):
     from reproduce import e_base
     from sgdr import run_at
@@ -546,8 +508,7 @@ def results(logs):
             logs["taught-ptb-chars"], "taught-ptb-chars")
     section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
     section("What could be known: `taught.py`", taught, logs["taught"], "taught")
-    section("Where does it matter? `truncation.py`", truncation, logs["truncation"], "truncation",
-            picture="truncation.png")
+    section("Which settings suit which method? `search.py`", searched, logs["search"], "search")
     reproduced = {scale: [row for name in names for row in logs[name]] for scale, names in REPRODUCED.items()}
     section("The paper's tables. `reproduce.py`", reproduce, reproduced,
             *REPRODUCED["small"], *REPRODUCED["paper"], picture="curves.png")
@@ -583,7 +544,6 @@ def main():
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False,
                          "axes.spines.right": False, "font.size": 9})
     for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, logs["recall"]),
-                             ("truncation", figure_truncation, logs["truncation"]),
                              ("curves", figure_curves, logs["reproduce-small-ptb"])):
         if rows:
             figure = draw(plt, rows)

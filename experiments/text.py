@@ -190,7 +190,7 @@ def cases(which, chosen):
         return [c for alpha in (0.1, 0.9) for c in at_best(("linear", "mlp", "neuron"), (2, 5), 2, alpha)]
     if which == "memory":
         return [case(arm, 2, 0, rate) for rate in (1e-3, 1e-4) for arm in ("neuron4", "every4")]
-    return at_best(("bptt", "full", "linear", "mlp", "neuron"), WORDS, 3)
+    return at_best(("bptt", "full", "linear", "mlp", "neuron"), WORDS, 3) + at_best(("twice",), (5,), 3)
 
 
 def best_rates(rows):

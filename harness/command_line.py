@@ -19,6 +19,13 @@ class NotFinite(Exception):
     """The loss or a weight is not a number any more. Ends the program with one line and exit status 1."""
 
 
+class Interrupted(Exception):
+    """A signal has asked the training to stop, and it is saved: (message, 128 + the signal).
+
+    Ends the program with the message and that exit status.
+    """
+
+
 def setting(default, text, valid=None, where=None):
     """A field of a settings class.
 
@@ -146,6 +153,10 @@ def told(main, argv, mistakes, memory_hint):
     except (UserError, OSError, *mistakes) as error:
         print(f"{me}: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        message, status = interrupted.args
+        print(f"\n{message}", flush=True)
+        return status
     except NotFinite as error:
         print(f"{me}: stopped: {error}", file=sys.stderr)
         return 1

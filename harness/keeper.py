@@ -15,17 +15,7 @@ import time
 import torch
 
 from harness import checkpoints, machine, processes
-from harness.command_line import NotFinite, UserError
-
-
-class Interrupted(Exception):
-    """A signal has asked the training to stop, and it is saved. status: the exit status, 128 + the signal."""
-
-    def __init__(self, number, keeper):
-        place, share = keeper.place, keeper.place.start / keeper.length
-        super().__init__(f"\ninterrupted after {share:.0%} of epoch {place.epoch + 1}; "
-                         f"go on with --resume {keeper.folder}")
-        self.status = 128 + number
+from harness.command_line import Interrupted, NotFinite, UserError
 
 
 class Keeper:
@@ -132,8 +122,8 @@ class Keeper:
 
     def __enter__(self):
         """From now on Ctrl-C (SIGINT) or SIGTERM is noted for step_done to look at; the next ends at once."""
-        self.began = self.saved = self.shown = self.epoch_began = time.monotonic()
-        self.first = self.place.epoch * self.length + self.place.start
+        self.began = self.saved = self.shown = self.logged = time.monotonic()
+        self.first = self.logged_steps = self.steps_read()
         signals = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, self.note) for number in signals}
         return self
@@ -146,6 +136,9 @@ class Keeper:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def steps_read(self):
+        return self.place.epoch * self.length + self.place.start
+
     def elapsed(self):
         """Seconds of training so far, those before a resumption included."""
         return self.seconds + time.monotonic() - self.began
@@ -154,7 +147,7 @@ class Keeper:
         """After each step: show, check, save now and then. `enough` says whether --max-steps is reached.
 
         Raises NotFinite, or Interrupted after a signal. A GPU is asked for its loss one step late, not to
-        wait for it. After the last step of an epoch the sums are those of all processes.
+        wait for it.
         """
         self.steps += 1
         self.show()
@@ -166,40 +159,41 @@ class Keeper:
         stop, due, bad = processes.largest(self.signal, due, bad)
         if bad:
             raise NotFinite(self.not_finite("the loss"))
-        if self.enough or not within:
-            self.average_sums()
         if stop or ((due or self.enough) and within):
             self.save()
         if stop:
-            raise Interrupted(stop, self)
+            raise self.interrupted(stop)
+
+    def log(self, row):
+        """Note a row {column: value} for log.csv, and show it with the speed since the one before."""
+        seconds, steps = max(time.monotonic() - self.logged, 1e-9), self.steps_read() - self.logged_steps
+        shown = "  ".join(f"{name} {value}" for name, value in row.items() if value == value)
+        print(f"{self.clear()}{shown}  {steps * self.settings.batch_size / seconds:,.0f} tokens/s  "
+              f"{seconds:.0f} s", flush=True)
+        self.rows.append({**row, "seconds": round(self.elapsed(), 1)})
+        self.logged, self.logged_steps = time.monotonic(), self.steps_read()
+        self.write_log()
 
     def epoch_done(self, loss, row):
         """After each epoch: log, keep what is best, save. One that --max-steps ended early does not count.
 
-        loss: of the validation text. row: {column: value} for log.csv, and for the user to see.
+        loss: of the validation text. row: as for `log`.
         Raises NotFinite, or Interrupted after a signal.
         """
         if not math.isfinite(loss):
             raise NotFinite(self.not_finite("the validation loss"))
         self.check_weights()
         place, whole = self.place, self.place.start == self.length
-        seconds = max(time.monotonic() - self.epoch_began, 1e-9)
-        steps = min(place.start, place.epoch * self.length + place.start - self.first)
-        shown = "  ".join(f"{name} {value}" for name, value in row.items() if value == value)
-        print(f"{self.clear()}{shown}  {steps * self.settings.batch_size / seconds:,.0f} tokens/s  "
-              f"{seconds:.0f} s", flush=True)
-        self.rows.append({**row, "seconds": round(self.elapsed(), 1)})
+        self.log(row)
         if loss < self.best and (whole or self.best == math.inf):
             self.keep("best.pt", model=self.parts["model"].state_dict(), epoch=place.epoch + 1)
         if whole:
             self.best = min(self.best, loss)
             place.epoch, place.start = place.epoch + 1, 0
             self.save()
-        self.write_log()
-        self.epoch_began = time.monotonic()
         stop, = processes.largest(self.signal)
         if stop and place.epoch < self.settings.epochs:
-            raise Interrupted(stop, self)
+            raise self.interrupted(stop)
 
     def write_log(self):
         text = io.StringIO(newline="")
@@ -216,6 +210,11 @@ class Keeper:
         except UserError as error:
             print(f"train.py: {error}; testing the model as it is now", file=sys.stderr)
 
+    def interrupted(self, number):
+        share = self.place.start / self.length
+        return Interrupted(f"interrupted after {share:.0%} of epoch {self.place.epoch + 1}; "
+                           f"go on with --resume {self.folder}", 128 + number)
+
     def not_finite(self, what):
         last = self.folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
@@ -230,7 +229,7 @@ class Keeper:
         """One line on a terminal that rewrites itself twice a second."""
         now = time.monotonic()
         if now - self.shown > 0.5 and sys.stdout.isatty():
-            steps = self.place.epoch * self.length + self.place.start
+            steps = self.steps_read()
             speed = (steps - self.first) / (now - self.began)           # time steps a second
             left = (self.settings.epochs * self.length - steps) / speed
             tokens = f"{speed * self.settings.batch_size:,.0f} tokens/s"
