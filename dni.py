@@ -1,8 +1,8 @@
 """Decoupled neural interfaces (DNI): networks that predict the gradient a state will receive from the future.
 
 Text is read in chunks of T steps. Truncated backpropagation cuts the graph at every border between two
-chunks. So the state that crosses a border never hears what it did to the future. A DNI is a network g that
-looks at this state and predicts the gradient that it would have received.
+chunks. So the state that crosses a border gets no gradient from the chunks after it. A DNI is a network g
+that looks at this state and predicts the missing gradient.
 
 Papers
     DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
@@ -22,34 +22,6 @@ Glossary
     memory     h_g       ((N, 50), x_prev)   g's own recurrent state, one row per scalar of s_k
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
-The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let S_k be the summed
-loss of chunk k and of all chunks after it: S_k = T B L_k + S_{k+1}. Chunk k acts on S_{k+1} through s_{k+1}.
-(In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
-see experiments/departures.md, at its end.) With δ_k = dS_k/ds_k, the chain rule says
-
-    dS_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        for the θ that chunk k uses: Eq. 1
-    δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
-
-Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
-
-    gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}
-    target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
-
-The first line trains the model. The second is a TARGET for g, made of T true steps and of
-g's own next prediction. Temporal-difference learning does the same with values. What g has learned about
-border k + 1 enters its target for border k: so credit can travel further back than one chunk. With α < 1
-each chunk further ahead counts α times less, so that g's errors shrink on their way back. The paper has α =
-1, and calls s_1, s_2 and δ_1 here h_T, h_2T and δ_T.
-
-Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
-summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
-the epsilon of g's Adam, 1e-8, would distort its steps.
-
-One backward pass makes both lines, divided by T B. Add to the loss the number (α / T B) Σ δ^_{k+1} ·
-s_{k+1}, a sum over layers, streams and neurons with δ^ held constant. Its derivative in s_{k+1} is α
-δ^_{k+1} / T B. So an ordinary backward() gives θ the first line / T B, and leaves the second, target_k / T
-B, in s_k.grad.
-
 What happens in chunk k, between the borders k and k + 1:
 
     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
@@ -60,9 +32,37 @@ What happens in chunk k, between the borders k and k + 1:
 In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
 corrected.
 
+The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let S_k be the summed
+loss of chunk k and of all chunks after it: S_k = T B L_k + S_{k+1}. Chunk k acts on S_{k+1} through s_{k+1}.
+(In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
+see experiments/departures.md, at its end.) With δ_k = dS_k/ds_k, the chain rule says
+
+    dS_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k: Eq. 1
+    δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
+
+Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
+
+    gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}
+    target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
+
+The first line trains the model. The second is a TARGET for g, made of T true steps and of
+g's own next prediction. Temporal-difference learning does the same with values. What g has learned about
+border k + 1 enters its target for border k: so credit can travel further back than one chunk. With α < 1
+each chunk further ahead is weighted by another α, so that g's errors shrink on their way back. The paper
+has α = 1, and calls s_1, s_2 and δ_1 here h_T, h_2T and δ_T.
+
+Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
+summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
+the epsilon of g's Adam, 1e-8, would distort its steps.
+
+One backward pass makes both lines, divided by T B. Add to the loss the number (α / T B) Σ δ^_{k+1} ·
+s_{k+1}, a sum over layers, streams and neurons with δ^ held constant. Its derivative in s_{k+1} is α
+δ^_{k+1} / T B. So an ordinary backward() gives θ the first line / T B, and leaves the second, target_k / T
+B, in s_k.grad.
+
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
-Run `python dni.py` for Eq. 1 in numbers, a task that truncation cannot learn, and what g can know.
+Run `python dni.py` for Eq. 1 in numbers, a task that needs credit across a border, and what g can know.
 """
 
 import torch
@@ -80,9 +80,10 @@ class Interface:
         (loss + dni.credit(s, s_next, tokens=T * B)).backward()     # Eq. 1
         dni.learn()                                                 # towards the target that backward left
 
-    g: a NeuronDNI, a LayerDNI, or a module that is called as they are. optimizer: of g's parameters; None
-    stands for Adam at 1e-3. alpha: the discount α. bptt: over how many borders g is taught through its
-    memory.
+    g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
+    list like s, and its memory, or None. optimizer: of g's parameters; None stands for Adam at 1e-4, the best
+    rate on text (experiments/text.py). alpha: the discount α. bptt: K, the borders through which it is
+    taught.
 
     It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
     from. `agreement` measures predictions against targets.
@@ -90,7 +91,7 @@ class Interface:
 
     def __init__(self, g, optimizer=None, alpha=1.0, bptt=1):
         self.g, self.alpha, self.bptt = g, alpha, bptt
-        self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-3)
+        self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-4)
         self.agreement = Agreement()
         self.reset()
 
@@ -113,20 +114,20 @@ class Interface:
         self.pending = predicted, s, tokens
         if not inject:
             return s_next[0].new_zeros(())
-        return self.alpha / tokens * sum((d * c).sum() for d, c in zip(self.synthesize(s_next), s_next))
+        future = self.synthesize(s_next)                                # δ^_{k+1}
+        return self.alpha / tokens * sum((d * c).sum() for d, c in zip(future, s_next))
 
     def predict(self, s):
         """δ^_k, with a graph for φ over the last `bptt` borders; h_g moves on by one border.
 
-        g is a recurrent network too, and learns by truncated backpropagation through its own time, the
-        borders. It runs again over the last states, from the h_g that it had there, so the error of this
-        prediction also teaches what is to be written into h_g before. With bptt = 1 nothing does. (Departure
-        6.)
+        g is a recurrent network too, and its time is the count of borders. With bptt = 1 it runs once, on
+        s_k, and nothing teaches it what to write into h_g. With bptt = K it runs again over the last K
+        borders, from the h_g that it had before the first of them. So its error also teaches what to write.
         """
         self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.bptt:]
         memory = self.past[0][1]
-        for s, _ in self.past:
-            predicted, memory = self.g(s, memory)
+        for seen, _ in self.past:
+            predicted, memory = self.g(seen, memory)
         self.memory = tuple(m.detach() for m in memory) if memory else None
         return predicted
 
@@ -378,7 +379,8 @@ def answers(g, updates=500, T=10, B=24, H=64):
     embed, rnn, decode = nn.Embedding(13, H), QRNN(H, H), nn.Linear(H, 13)
     nn.init.constant_(rnn.layers[0].bias[H:2 * H].data, 2.0)            # forget little
     model = nn.ModuleList([embed, rnn, decode])
-    optimizer, dni, state, right = torch.optim.Adam(model.parameters(), 3e-3), g and Interface(g), None, []
+    optimizer, state, right = torch.optim.Adam(model.parameters(), 3e-3), None, []
+    dni = g and Interface(g, torch.optim.Adam(g.parameters(), 1e-3))
     for x, y in zip(inputs.split(T), targets.split(T)):
         h, [(c, x_prev)] = rnn(embed(x), state)
         logits = decode(h)

@@ -23,7 +23,7 @@ Glossary
 
 Not here: momentum schedules, warm-up, averaging of the weights at the end of a run.
 
-Run `python sgdr.py` to see the paper's schedule with E_base = 5, as in the authors' code.
+Run `python sgdr.py` to see the paper's schedule with E_base = 5.
 """
 
 import bisect

@@ -103,9 +103,8 @@ def close(a, b, **tolerance):
 
 # -------------------------------------------------------------- 0. the whole method, once more, in plain code
 #
-# Read this first. It is the paper in a hundred lines. It shares nothing with the modules but the first
-# weights: it has its own QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is
-# slow, and it has no dropout.
+# The paper in 150 lines. It shares nothing with the modules but the first weights: it has its own QRNN, g,
+# Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, and it has no dropout.
 #
 # It never cuts a graph. Every step makes NEW weights and asks for the derivative in these alone. What the
 # weights did to earlier chunks, when they had other values, is not asked for: that is truncation.
@@ -2370,13 +2369,15 @@ def test_the_rate_of_recall_is_searched_on_seeds_of_its_own(studies):
     """The best rate is by accuracy at the end over the seeds of the search, whatever other seeds say."""
     recall = studies("recall")
 
-    def row(rate, seed, accuracy, updates=recall.UPDATES, counts="all", arm="linear"):
-        return dict(counts=counts, arm=arm, rate=rate, borders="2", seed=str(seed), updates=str(updates),
+    def row(rate, seed, accuracy, updates=recall.UPDATES, counts="all", arm="linear", borders="2"):
+        return dict(counts=counts, arm=arm, rate=rate, borders=borders, seed=str(seed), updates=str(updates),
                     accuracy=str(accuracy))
     rows = [row("0.1", 100, 0.5), row("0.1", 101, 0.6), row("0.01", 100, 0.7), row("0.01", 101, 0.2),
             row("0.01", 100, 1.0, updates=200), row("0.01", 0, 1.0), row("0.01", 101, 1.0, counts="answers"),
-            row("0.01", 101, 1.0, arm="layer")]
-    assert recall.best_rate(rows, "all", "linear") == 0.1
+            row("0.01", 101, 1.0, arm="layer"), row("0.01", 101, 1.0, borders="1")]
+    assert recall.best_rate(rows, "all", "linear", 2) == 0.1
+    assert recall.best_rate(rows, "all", "linear", 1) == 0.01
+    assert recall.best_rate(rows, "all", "bptt", 2) == ""
 
 
 def test_a_longer_reach_of_text(studies):
@@ -2531,7 +2532,7 @@ def test_a_study_goes_on_and_reports(studies, tmp_path):
     assert [row["updates"] for row in rows if row["arm"] == "neuron"] == [str(n) for n in range(1, 13)]
     table = studies("report").recall(rows)
     accuracy = next(float(row["accuracy"]) for row in rows if (row["arm"], row["updates"]) == ("layer", "12"))
-    assert f"|all|layer-wise DNI|0.1|{accuracy:.2f} [{accuracy:.2f}, {accuracy:.2f}], 0/1|" in table
+    assert f"|all|layer-wise DNI|{accuracy:.2f} [{accuracy:.2f}, {accuracy:.2f}], 0/1 (rate 0.1)|" in table
 
 
 @SLOW

@@ -20,7 +20,7 @@ The four modes decide two things only, both in `gradient_source` and `make_sched
 Glossary
     name       symbol     shape          meaning
     chunk      -          (T, B) twice   inputs and targets, T steps of B streams; a border lies between two
-    state      s_k        [(c, x_prev)]  what crosses border k: of each layer c (B, H) and x_prev (qrnn.py)
+    state      -          [(c, x_prev)]  what crosses a border: of each layer c (B, H) and x_prev (qrnn.py)
     cells      s_k        [c]            its c's: what an interface sees, and dni.py calls s
     dni        g, h_g     -              the interface of dni.py: a network g and its memory h_g
     run        i          -              of SGDR: from one restart of the learning rate to the next
@@ -60,7 +60,7 @@ def uses_synthetic(s):
 
 
 def gradient_source(settings, run, epoch):
-    """At that run and epoch: 'real', the chunk's own gradient alone, or 'synthetic', that and g's.
+    """At that run and epoch: 'real', the chunk's own gradient, or 'synthetic', which adds g's.
 
     'real' is truncated BPTT. There g goes on learning, from the T true steps alone (departure 21).
     """
@@ -93,7 +93,7 @@ def train_step(model, optimizer, dni, inputs, targets, state, synthetic, setting
                mixed=contextlib.nullcontext()):
     """Learn from one chunk (2.1 and 2.2). Returns its nll and the state that the next one begins with.
 
-    inputs, targets: (T, B). state: s_k from `cut`, or None where a text begins. dni: None where there is no
+    inputs, targets: (T, B). state: from `cut`, or None where a text begins. dni: None where there is no
     g. synthetic: whether g's gradient crosses the border ahead. mixed: an autocast, for the matrix products.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -131,7 +131,7 @@ class Place:
     run: int = 0                       # the SGDR run of the last chunk,
     source: str = "real"               # its gradient source,
     rate: float = 0.0                  # its learning rate,
-    state: list | None = None          # and the state s_k that it left
+    state: list | None = None          # and the state that it left
 
     def __str__(self):
         return (f"time step {self.start} of epoch {self.epoch + 1} (run {self.run}, {self.source} gradients, "
@@ -284,10 +284,10 @@ class Settings:
     sgdr_step: str = setting("batch", "moves E_cur; authors' code: epoch", ("batch", "epoch"), FOR_RESTARTS)
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart", None, FOR_RESTARTS)
     # The interface.
-    dni_alpha: float = setting(0.9, "discount α; Eq. 1 has none: 1, authors' code: 0.1", FROM_0, FOR_DNI)
+    dni_alpha: float = setting(0.9, "discount α (text.py); paper: none, authors' code: 0.1", FROM_0, FOR_DNI)
     dni_hidden: int = setting(50, "neurons of g (2.2)", COUNT, FOR_HIDDEN)
-    dni_lr: float = setting(1e-3, "Adam's learning rate for g", POSITIVE, FOR_DNI)
-    dni_bptt: int = setting(1, "borders through which g is taught (2.2)", COUNT, FOR_NEURON_DNI)
+    dni_lr: float = setting(1e-4, "Adam's learning rate for g (experiments/text.py)", POSITIVE, FOR_DNI)
+    dni_bptt: int = setting(1, "K, borders through which g is taught (2.2, text.py)", COUNT, FOR_NEURON_DNI)
     dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6", FROM_0, FOR_DNI)
     dni_window: int = setting(1, "window of g's QRNN layer; authors' code: 2", COUNT, FOR_NEURON_DNI)
     dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer; authors' code: 0.1", SHARE, FOR_NEURON_DNI)

@@ -52,7 +52,7 @@ TEXT = {"bptt": "truncated BPTT",
         "line": "each neuron its own line",
         "constant": "each neuron its own constant"}
 RED, BLUE, GREEN, GREY = "#d62728", "#1f77b4", "#2ca02c", "0.35"
-COLOURS = {"bptt": GREY, "full": GREEN, "twice": "#9467bd", "neuron": RED, "layer": BLUE,
+COLOURS = {"bptt": GREY, "full": GREEN, "twice": "#9467bd", "neuron": RED, "layer": "#17becf",
            "linear": BLUE, "mlp": "#17becf", "line": "#ff7f0e",
            "dni": RED, "restart": GREY, "dni-restart": RED, "alternating": BLUE}
 
@@ -228,39 +228,53 @@ def taught_text(rows):
             + table(["", "rate of g", *(f"{int(n):,}" for n in counts)], lines))
 
 
-def recall(rows):
-    from recall import SEARCH_SEEDS
+def finals(rows):
+    """{(counts, arm, borders): its rows at the rate that the search found}, of recall.py."""
+    from recall import SEARCH_SEEDS, best_rate
     search = [row for row in rows if int(row["seed"]) in SEARCH_SEEDS]
-    rows = [row for row in rows if int(row["seed"]) not in SEARCH_SEEDS]
-    borders, lines, agreement = sorted({row["borders"] for row in rows}), [], []
+    found = groups((row for row in rows if int(row["seed"]) not in SEARCH_SEEDS), "counts", "arm", "borders")
+    best = {case: best_rate(search, *case) for case in found}
+    return search, {case: [row for row in its if row["rate"] == str(best[case]) or not best[case]]
+                    for case, its in found.items()}
+
+
+def recall(rows):
+    search, found = finals(rows)
+    borders, lines, agreement = sorted({b for *_, b in found}), [], []
     for counts in ("all", "answers"):
-        arms = groups(having(rows, counts=counts), "arm", "rate")
-        for arm, rate in sorted(arms, key=lambda key: ORDER.index(key[0])):
-            line, of_g = [counts, NAMES[arm], rate or "-"], []
+        for arm in sorted({arm for its, arm, _ in found if its == counts}, key=ORDER.index):
+            line, of_g = [counts, NAMES[arm]], [counts, NAMES[arm]]
             for b in borders:
-                mine = groups(having(arms[arm, rate], borders=b), "seed").values()
-                line.append(accuracy_of([its[-1] for its in mine]) if mine else "")
+                mine = list(groups(found.get((counts, arm, b), []), "seed").values())
+                rate = mine and mine[0][-1]["rate"]
+                cell = accuracy_of([its[-1] for its in mine]) if mine else ""
+                line.append(cell + (f" (rate {rate})" if rate else ""))
                 for name in ("true_cosine", "target_r2"):
                     means = [statistics.mean(numbers(its, name)) for its in mine]
                     of_g.append(f"{statistics.median(means):+.3f}" if means else "")
             lines.append(line)
             if rate:
-                agreement.append([*line[:3], *of_g])
+                agreement.append(of_g)
     updates = max(int(row["updates"]) for row in rows)
     text = (f"Accuracy of the answer after {updates:,} updates, median [quartiles] over the seeds (chance: "
-            "0.25), and how many of the runs ended above 0.9.\n\n"
-            + table(["counted", "arm", "rate of g", *map(borders_of, borders)], lines)
+            "0.25), how many of the runs ended above 0.9, and the rate of g.\n\n"
+            + table(["counted", "arm", *map(borders_of, borders)], lines)
             + "\nDoes g learn? Cosine of its predictions with the true future gradient, and R² with its own "
               "targets in training; means over the tests of a run, medians over seeds.\n\n"
-            + table(["counted", "arm", "rate of g", *(f"{borders_of(b)}: {of_what}" for b in borders
-                                                      for of_what in ("cosine, true", "R², target"))],
-                    agreement))
+            + table(["counted", "arm", *(f"{borders_of(b)}: {of_what}" for b in borders
+                                         for of_what in ("cosine, true", "R², target"))], agreement))
     if search:
-        lines = [[counts, NAMES[arm], rate, accuracy_of(last_of(mine, "seed"))]
-                 for (counts, arm, rate), mine in groups(search, "counts", "arm", "rate").items()]
-        text += ("\nThe search: accuracy over two borders, on seeds of its own.\n\n"
-                 + table(["counted", "arm", "rate of g", "accuracy"], lines))
+        rates = sorted({row["rate"] for row in search}, key=float, reverse=True)
+        lines = [[counts, NAMES[arm], b, *(mean_accuracy(having(its, rate=rate)) for rate in rates)]
+                 for (counts, arm, b), its in groups(search, "counts", "arm", "borders").items()]
+        lines.sort(key=lambda line: (line[0], list(NAMES.values()).index(line[1]), line[2]))
+        text += ("\nThe search: mean accuracy of two seeds of its own.\n\n"
+                 + table(["counted", "arm", "borders", *(f"rate {rate}" for rate in rates)], lines))
     return text
+
+
+def mean_accuracy(rows):
+    return f"{statistics.mean(numbers(last_of(rows, 'seed'), 'accuracy')):.2f}" if rows else ""
 
 
 def accuracy_of(last):
@@ -436,16 +450,16 @@ def figure_text(plt, rows):
 
 def figure_recall(plt, rows):
     """A row of panels for what is counted, a panel for each number of borders."""
-    borders, counts = sorted({row["borders"] for row in rows}), sorted({row["counts"] for row in rows})
+    _, found = finals(rows)
+    borders, counts = sorted({b for *_, b in found}), sorted({counts for counts, *_ in found})
     figure, axes = plt.subplots(len(counts), len(borders), sharex=True, sharey=True, squeeze=False,
                                 figsize=(4 * len(borders), 0.6 + 2.6 * len(counts)))
     for what, line in zip(counts, axes):
         line[0].set_ylabel({"all": "every word counts", "answers": "answers alone count"}[what]
                            + "\naccuracy of the answer")
         for axis, b in zip(line, borders):
-            for arm in ("bptt", "full", "layer", "neuron"):
-                mine = having(rows, counts=what, borders=b, arm=arm)
-                steps = groups((row for row in mine if int(row["seed"]) < 100), "updates")
+            for arm in ("bptt", "full", "linear", "layer", "neuron"):
+                steps = groups(found[what, arm, b], "updates")
                 low, middle, high = zip(*(quartiles(numbers(step, "accuracy")) for step in steps.values()))
                 updates = [int(u) for u, in steps]
                 axis.plot(updates, middle, color=COLOURS[arm], label=NAMES[arm])
@@ -454,7 +468,7 @@ def figure_recall(plt, rows):
     for top, bottom, b in zip(axes[0], axes[-1], borders):
         top.set_title(f"{borders_of(b)} between symbol and answer")
         bottom.set_xlabel("updates")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 

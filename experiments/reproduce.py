@@ -27,6 +27,7 @@ METHODS = {"bptt": ["--mode", "bptt"],
 EPOCHS = {"ptb": 3, "wt2": 1}                                          # at scale small
 RATES = {"small": (1e-3, 3e-3, 1e-2, 3e-2), "paper": (1e-3,)}
 ALPHA = {"small": 0.9, "paper": 1.0}
+DNI_RATE = {"small": 1e-3, "paper": 1e-4}                               # of g
 SEEDS = {"small": (42, 43, 44), "paper": (42,)}
 
 
@@ -52,7 +53,7 @@ class One:
         arguments = [*size(scale, data, method), "--compile", "--data", data, *METHODS[method],
                      "--lr", case["lr"], "--seed", case["seed"]]
         if method not in ("bptt", "restart"):
-            arguments += ["--dni-alpha", ALPHA[scale]]
+            arguments += ["--dni-alpha", ALPHA[scale], "--dni-lr", DNI_RATE[scale]]
         if method not in ("bptt", "dni"):
             arguments += ["--e-base", e_base(scale, data)]
         folder = study.ROOT / "trainings" / f"reproduce-{scale}" / "-".join(map(str, case.values()))
