@@ -2508,15 +2508,29 @@ def test_what_can_be_known_of_text_is_learned(studies, monkeypatch):
 
 
 def test_the_search_trains_what_it_says(studies):
-    """Each case is a command that train.py understands; `cosine` is one run of SGDR over all epochs."""
-    search = studies("search")
+    """Each case is a command that train.py understands; `cosine` is one run of SGDR over all epochs.
+
+    A shorter training restarts at the same share of it as preset small. On PTB at scale small reproduce.py
+    trains the recipes.
+    """
+    search, reproduce = studies("search"), studies("reproduce")
     for case in search.CASES:
-        settings, _, _ = parsed(*map(str, search.arguments(case["method"])), *case["options"].split())
-        assert settings.epochs == search.EPOCHS and settings.data == "ptb"
-    settings, _, _ = parsed(*map(str, search.arguments("cosine")))
-    assert run_at(settings.epochs - 1e-3, settings.e_base).index == 0 == run_at(0, settings.e_base).index
-    settings, _, _ = parsed(*map(str, search.arguments("alternating")))
-    assert run_at(settings.epochs - 1e-3, settings.e_base).index == 3   # as in 15 epochs with E_base = 1
+        s, _, _ = parsed(*map(str, search.arguments(case)))
+        assert (s.data, s.epochs) == ("ptb", case["epochs"])
+        assert all(getattr(s, name) == case[name] for name in ("lr", *search.SHARED))
+    for method, mode in reproduce.METHODS.items():
+        s, _, _ = parsed(*map(str, reproduce.arguments("small", "ptb", method, 5)))
+        whole, _, _ = parsed(*map(str, reproduce.arguments("small", "ptb", method, 15)))
+        plain, _, _ = parsed(*mode, "--data", "ptb")
+        assert whole == (dataclasses.replace(plain, e_base=15.0) if method == "cosine" else plain)
+        if s.mode in train.SGDR_MODES:
+            assert [run_at(5 * x, s.e_base).index for x in (0.0, 0.4, 0.99)] == (
+                [run_at(15 * x, whole.e_base).index for x in (0.0, 0.4, 0.99)])
+        if train.uses_synthetic(s) and s.mode != "alternating":
+            assert s.dni_warmup == pytest.approx(whole.dni_warmup / 3, abs=1e-4)
+        s, _, _ = parsed(*map(str, reproduce.arguments("paper", "wt2", method, 320)))
+        assert s.epochs == 320 and s.hidden_size == 1550 and s.clip == 0.25
+        assert method == "cosine" or s.e_base == 5
 
 
 @SLOW
@@ -2562,10 +2576,10 @@ def test_the_tables_say_what_a_hand_would(studies):
     Differences are within a seed. A gap is named.
     """
     report = studies("report")
-    case = dict(method="cosine", lr="0.1", options="--bptt 35")
+    case = {name: str(value) for name, value in studies("search").case("cosine", 0.1, bptt=35).items()}
     rows = [dict(case, valid_perplexity=valid, train_perplexity=train)
             for valid, train in (("9", "7"), ("7.126", "6"), ("8", "5"))]
-    line = "|BPTT, one cosine without restart|0.1|`--bptt 35`|7.13|6.00|"
+    line = "|5|BPTT, one cosine, no restart|0.1|bptt 35|7.13|6.00|"
     assert line in report.searched(rows)
 
     def training(method, lr, seed, valid, tested):
@@ -2576,10 +2590,14 @@ def test_the_tables_say_what_a_hand_would(studies):
                  ("dni", "0.2", "1", [4, 8], 1.0), ("dni", "0.1", "2", [5, 5], 10.0),
                  ("dni", "0.2", "2", [2, 2], 0.5)]
     rows = [row for its in trainings for row in training(*its)]
-    text = report.reproduce({"small": rows, "paper": rows[:2]})
-    assert "|truncated BPTT|62.78|10.00 ± 1.41, 2 seeds, rate 0.2|7.00 (one seed), rate 0.1|" in text
-    assert "|neuron-wise DNI|62.42|8.00 ± 2.83, 2 seeds, rate 0.1|not run at this scale|" in text
-    assert "|ptb|neuron-wise DNI less truncated BPTT|2|-2.00 ± 1.41|" in text
+    text = report.earlier(rows)
+    assert "|truncated BPTT|62.78|10.00 ± 1.41, 2 seeds, rate 0.2|" in text
+    assert "|neuron-wise DNI|62.42|8.00 ± 2.83, 2 seeds, rate 0.1|" in text
+    assert "|neuron-wise DNI minus truncated BPTT|2|-2.00 ± 1.41|" in text
+    rows = [dict(row, seconds="90") for row in rows if row["lr"] == "0.2"]
+    text = report.methods([rows, [], []])
+    assert "|truncated BPTT|62.78|2|10.00 ± 1.41||5.00 ± 1.41|2|" in text
+    assert "|neuron-wise DNI|62.42|2|0.75 ± 0.35|truncated BPTT: -9.25 ± 1.77|3.00 ± 1.41|2|" in text
     bits = {("bptt", "", "0"): 3.1, ("full", "", "0"): 2.1, ("linear", "0.1", "0"): 2.5,
             ("bptt", "", "1"): 3.0, ("full", "", "1"): 2.0, ("linear", "0.1", "1"): 2.5,
             ("bptt", "", "2"): 3.5, ("full", "", "2"): 2.5, ("linear", "0.1", "2"): 2.7,
@@ -2591,7 +2609,7 @@ def test_the_tables_say_what_a_hand_would(studies):
     line = "|2|layer-wise, one linear map|0.1|3|2.600 ± 0.100|0.650 ± 0.212|0.65 ± 0.21|"
     assert line in text
     assert "|layer-wise, one linear map|2.500 (+0.250)|" in text
-    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 7
+    assert report.results({name: [] for name in report.LOGS}).count("Not run yet.") == 8
 
 
 def test_the_house():

@@ -17,9 +17,9 @@ from dni import LayerDNI, NeuronDNI
 from harness.machine import parameters
 
 OUT = study.ROOT / "experiments"
-REPRODUCED = {scale: [f"reproduce-{scale}-{data}" for data in ("ptb", "wt2")] for scale in ("small", "paper")}
-LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "search",
-        *REPRODUCED["small"], *REPRODUCED["paper"])
+METHODS = [f"methods-{scale}-{data}" for scale in ("small", "paper") for data in ("ptb", "wt2")]
+EARLIER = "reproduce-small-ptb"                                         # three epochs, of a smaller model
+LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "search", *METHODS, EARLIER)
 # The test perplexities of the paper's Tables 1 and 2; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("ptb", "dni"): 62.42, ("ptb", "restart"): 64.44,
              ("ptb", "dni-restart"): 64.71, ("ptb", "alternating"): 63.76,
@@ -27,9 +27,9 @@ PUBLISHED = {("ptb", "bptt"): 62.78, ("ptb", "dni"): 62.42, ("ptb", "restart"): 
              ("wt2", "dni-restart"): 73.42, ("wt2", "alternating"): 73.35}
 NAMES = {"bptt": "truncated BPTT",
          "dni": "neuron-wise DNI",
+         "cosine": "BPTT, one cosine, no restart",
          "restart": "BPTT with restart",
          "dni-restart": "DNI with restart",
-         "cosine": "BPTT, one cosine without restart",
          "alternating": "alternating",
          "full": "full BPTT",
          "layer": "layer-wise DNI",
@@ -38,6 +38,9 @@ NAMES = {"bptt": "truncated BPTT",
          "neuron4": "neuron-wise, taught through 4 borders",
          "named": "neuron-wise, each neuron named",
          "line": "neuron-wise, g(c) = w c"}
+# The method that each is compared with.
+COUNTERPART = {"dni": "bptt", "cosine": "bptt", "restart": "cosine", "dni-restart": "restart",
+               "alternating": "restart"}
 ORDER = ("bptt", "full", "layer", "linear", "neuron", "neuron4", "named", "line")
 # The arms of text.py.
 TEXT = {"bptt": "truncated BPTT",
@@ -305,73 +308,90 @@ def taught(rows):
 
 def chosen(rows, data, method):
     """The trainings of a method at the rate that was best on validation text with its first seed."""
-    from reproduce import best_rate
     mine = having(rows, data=data, method=method)
-    return having(mine, lr=best_rate(rows, data, method, mine[0]["seed"])) if mine else []
+    first = having(mine, seed=mine[0]["seed"]) if mine else []
+    return having(mine, lr=min(first, key=lambda row: float(row["valid_perplexity"]))["lr"]) if mine else []
 
 
-def reproduce(logs):
-    """Tables 1 and 2 of the paper; logs: {scale: rows}."""
-    tables = {"Table 1: constant learning rate": ("bptt", "dni"),
-              "Table 2: warm restarts": ("restart", "dni-restart", "alternating")}
-    scales = [f"scale {scale}" for scale in logs]
-    head = [h for data in ("PTB", "WT2") for h in (f"{data}: published", *scales)]
+def methods(logs):
+    """The paper's methods, a table for each of the logs [rows]."""
     text = []
-    for title, methods in tables.items():
-        lines = []
-        for method in methods:
-            line = [NAMES[method]]
-            for data in ("ptb", "wt2"):
-                line.append(PUBLISHED[data, method])
-                line += [tested(last_of(chosen(rows, data, method), "seed")) for rows in logs.values()]
-            lines.append(line)
-        text.append(f"**{title}**, test perplexity\n\n" + table(["method", *head], lines))
-    return "\n".join(text + (differences_and_search(logs["small"]) if logs["small"] else []))
+    for rows in filter(None, logs):
+        data, lines, tests = rows[0]["data"], [], {}
+        for (method, seed), its in groups(rows, "method", "seed").items():
+            tests.setdefault(method, {})[seed] = float(its[-1]["test_perplexity"])
+        for method in (name for name in NAMES if name in tests):
+            mine, last = having(rows, method=method), last_of(having(rows, method=method), "seed")
+            other = tests.get(COUNTERPART.get(method), {})
+            less = [value - other[seed] for seed, value in tests[method].items() if seed in other]
+            valid = [min(numbers(its, "valid_perplexity")) for its in groups(mine, "seed").values()]
+            lines.append([NAMES[method], PUBLISHED.get((data, method), "-"), len(last),
+                          spread(list(tests[method].values()), alone=""),
+                          f"{NAMES[COUNTERPART[method]]}: {spread(less, alone='')}" if less else "",
+                          spread(valid, alone=""),
+                          f"{statistics.mean(numbers(last, 'seconds')) / 60:.0f}"])
+        text.append(f"**{data}**, {mine[-1]['epoch']} epochs\n\n" + table(
+            ["method", "test: the paper", "seeds", "test: here", "difference from, same seed",
+             "best validation", "minutes"], lines))
+    return "\n".join(text)
+
+
+def earlier(rows):
+    """Tables 1 and 2 of the paper at three epochs, each method at the best of four rates."""
+    lines = [[NAMES[method], PUBLISHED["ptb", method], tested(last_of(chosen(rows, "ptb", method), "seed"))]
+             for method in NAMES if ("ptb", method) in PUBLISHED]
+    return "\n".join(["Test perplexity.\n\n" + table(["method", "the paper", "here"], lines),
+                      *differences_and_search(rows)])
 
 
 def tested(last):
     """The test perplexity of a method, from the last row of each seed."""
     if not last:
-        return "not run at this scale"
+        return "not run"
     seeds = f", {len(last)} seeds" if len(last) > 1 else ""
     return f"{spread(numbers(last, 'test_perplexity'))}{seeds}, rate {last[0]['lr']}"
 
 
 def differences_and_search(rows):
-    """What else is to be said of scale small: two tables."""
+    """Two tables: differences within a seed, and the search."""
     rates = sorted({row["lr"] for row in rows}, key=float)
     search = []
-    for (data, method), mine in groups(rows, "data", "method").items():
+    for (method,), mine in groups(rows, "method").items():
         seed = mine[0]["seed"]
         best = []
         for lr in rates:
             found = numbers(having(mine, lr=lr, seed=seed), "valid_perplexity")
             best.append(f"{min(found):.2f}" if found else "-")
-        search.append([data, NAMES[method], seed, *best])
+        search.append([NAMES[method], seed, *best])
+    tests = {method: {row["seed"]: float(row["test_perplexity"]) for row in chosen(rows, "ptb", method)}
+             for method in NAMES}
     pairs = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        tests = {method: {row["seed"]: float(row["test_perplexity"]) for row in chosen(rows, data, method)}
-                 for method in NAMES}
-        for one, other in (("dni", "bptt"), ("dni-restart", "restart"), ("alternating", "restart"),
-                           ("alternating", "dni-restart"), ("restart", "bptt")):
-            less = [tests[one][seed] - tests[other][seed] for seed in tests[one] if seed in tests[other]]
-            if less:
-                pairs.append([data, f"{NAMES[one]} less {NAMES[other]}", len(less), spread(less)])
-    return ["Test perplexity of one method less that of another, same seed, each at its own rate, "
-            "scale small.\n\n" + table(["corpus", "difference", "seeds", "mean"], pairs),
-            "The search at scale small: best validation perplexity of the first seed at each rate.\n\n"
-            + table(["corpus", "method", "seed", *rates], search)]
+    for one, other in (("dni", "bptt"), ("dni-restart", "restart"), ("alternating", "restart"),
+                       ("alternating", "dni-restart"), ("restart", "bptt")):
+        less = [tests[one][seed] - tests[other][seed] for seed in tests[one] if seed in tests[other]]
+        if less:
+            pairs.append([f"{NAMES[one]} minus {NAMES[other]}", len(less), spread(less)])
+    return ["Differences in test perplexity, same seed, each method at its own rate.\n\n"
+            + table(["difference", "seeds", "mean"], pairs),
+            "The search: best validation perplexity of the first seed at each rate.\n\n"
+            + table(["method", "seed", *rates], search)]
 
 
 def searched(rows):
     """The best validation perplexity of each case of search.py."""
+    from search import SHARED
     lines = []
-    for (method, lr, options), its in groups(rows, "method", "lr", "options").items():
+    for its in groups(rows, "method", "epochs", "lr", "e_base", *SHARED).values():
         best = min(its, key=lambda row: float(row["valid_perplexity"]))
-        lines.append([NAMES[method], lr, f"`{options}`" * bool(options),
+        besides = [f"{name} {best[name]}" for name, usual in SHARED.items() if best[name] != str(usual)]
+        besides += [f"e_base {best['e_base']}"] if best["e_base"] else []
+        lines.append([best["epochs"], NAMES[best["method"]], best["lr"], ", ".join(besides),
                       *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
-    return ("Perplexity of validation and training text (the latter with dropout) at the best epoch.\n\n"
-            + table(["method", "rate", "besides", "validation", "training"], lines))
+    lines.sort(key=lambda line: (-int(line[0]), list(NAMES.values()).index(line[1]), float(line[4])))
+    usual = ", ".join(f"{name} {value}" for name, value in SHARED.items())
+    return (f"Perplexity of validation and training text (the latter with dropout) at the best epoch. Where "
+            f"nothing else is said: {usual}.\n\n"
+            + table(["epochs", "method", "rate", "besides", "validation", "training"], lines))
 
 
 def small_ptb():
@@ -389,7 +409,7 @@ def small_ptb():
 
 def readme_tables(logs):
     """The tables of README.md, {name: text}."""
-    return {"methods": methods_table(logs["reproduce-small-ptb"]), "text": gains_table(logs["text"])}
+    return {"methods": methods_table(logs[EARLIER]), "text": gains_table(logs["text"])}
 
 
 def gains_table(rows):
@@ -473,7 +493,6 @@ def figure_recall(plt, rows):
 
 
 def figure_curves(plt, rows):
-    from reproduce import e_base
     from sgdr import run_at
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     epochs = max(int(row["epoch"]) for row in rows)
@@ -489,7 +508,7 @@ def figure_curves(plt, rows):
         axis.set(title=title, xlabel="epoch", xlim=(0, 1.02 * epochs))
         axis.legend(fontsize=7)
     fine = [i * epochs / 2000 for i in range(2000)]
-    runs = [run_at(e, base=e_base("small", "ptb")).index for e in fine]
+    runs = [run_at(e, base=epochs / 15).index for e in fine]
     for run in sorted(set(runs)):
         span = [e for e, r in zip(fine, runs) if r == run]
         if run % 2:
@@ -523,9 +542,9 @@ def results(logs):
     section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
     section("What could be known: `taught.py`", taught, logs["taught"], "taught")
     section("Which settings suit which method? `search.py`", searched, logs["search"], "search")
-    reproduced = {scale: [row for name in names for row in logs[name]] for scale, names in REPRODUCED.items()}
-    section("The paper's tables. `reproduce.py`", reproduce, reproduced,
-            *REPRODUCED["small"], *REPRODUCED["paper"], picture="curves.png")
+    section("The paper's methods. `reproduce.py`", methods, [logs[name] for name in METHODS], *METHODS)
+    section("The paper's methods in three epochs, an earlier study", earlier, logs[EARLIER], EARLIER,
+            picture="curves.png")
     text.append("\n## Preset `small` on Penn Treebank\n\n" + small_ptb())
     text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): "
                 f"neuron-wise {parameters(NeuronDNI()):,} parameters, "
@@ -558,7 +577,7 @@ def main():
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False,
                          "axes.spines.right": False, "font.size": 9})
     for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, logs["recall"]),
-                             ("curves", figure_curves, logs["reproduce-small-ptb"])):
+                             ("curves", figure_curves, logs[EARLIER])):
         if rows:
             figure = draw(plt, rows)
             figure.savefig(OUT / f"{name}.png", dpi=130)

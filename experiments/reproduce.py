@@ -1,47 +1,60 @@
-"""The paper's five methods, at equal budget, the learning rate of each searched over the same grid.
+"""The paper's five methods, and the one that it lacks, at equal budget, each with the recipe of its mode.
 
-    python experiments/reproduce.py --scale small                  PTB, sized for two CPU cores; resumable
-    python experiments/reproduce.py --scale small --data wt2 --seeds 42 --rates 3e-3 1e-2
-    python experiments/reproduce.py --scale paper --data ptb       the paper's configuration, for a GPU
+    python experiments/reproduce.py                              PTB, 15 epochs, three seeds; resumable
+    python experiments/reproduce.py --data wt2 --seeds 42        WT2, 5 epochs
+    python experiments/reproduce.py --scale paper                the paper's configuration, for a GPU
 
-The first seed is trained at every rate of the grid; the others at the rate that was best for their method on
-validation text.
+On PTB at scale small a training is `python train.py --mode MODE --data ptb` and no more. (It is compiled, and
+validated every quarter of an epoch: neither changes a number beyond rounding.) With another number of epochs
+the restarts, and the first use of a DNI, come at the same share of the training.
 
-Scale small: two layers of 256 and 128, T = 70, 3 epochs of PTB or 1 of WT2, no dropout. E_base is a fifteenth
-of that, so that runs 0 to 3 end after 1, 3, 7 and 15 fifteenths: training ends, as the paper's does at epoch
-315 of 320, at the low rate of a long synthetic run. A DNI is used after the first fifteenth, with an alpha
-that carried credit in recall.py.
+`cosine` is the method that the paper lacks: one run of SGDR, as long as the training. Its rate falls once and
+never restarts. So it tells apart what restarts do and what any falling rate does.
 
-Scale paper: `--preset paper`, the paper's rate only, and its Eq. 1, which has no alpha.
+Scale paper is `--preset paper`, 320 epochs.
 """
 
 import argparse
 
 import study
+import train
+
+from harness import checkpoints, command_line
 
 METHODS = {"bptt": ["--mode", "bptt"],
            "dni": ["--mode", "dni"],
+           "cosine": ["--mode", "restart"],
            "restart": ["--mode", "restart"],
            "dni-restart": ["--mode", "restart", "--gradient", "synthetic"],
            "alternating": ["--mode", "alternating"]}
-EPOCHS = {"ptb": 3, "wt2": 1}                                          # at scale small
-RATES = {"small": (1e-3, 3e-3, 1e-2, 3e-2), "paper": (1e-3,)}
-ALPHA = {"small": 0.9, "paper": 1.0}
-DNI_RATE = {"small": 1e-3, "paper": 1e-4}                               # of g
+EPOCHS = {("small", "ptb"): 15, ("small", "wt2"): 5, ("paper", "ptb"): 320, ("paper", "wt2"): 320}
 SEEDS = {"small": (42, 43, 44), "paper": (42,)}
 
 
-def e_base(scale, data):
-    return EPOCHS[data] / 15 if scale == "small" else 5.0
+def arguments(scale, data, method, epochs):
+    """Options of train.py for a method that has so many epochs."""
+    preset = train.PRESETS[scale]
+    share = epochs / preset.epochs
+    chosen = ["--preset", scale] if scale != "small" else []
+    chosen += [*METHODS[method], "--data", data]
+    if share != 1:
+        chosen += ["--epochs", epochs]
+    if method == "cosine":
+        chosen += ["--e-base", epochs]
+    elif share != 1 and method not in ("bptt", "dni"):
+        chosen += ["--e-base", round(preset.e_base * share, 4)]
+    if share != 1 and method in ("dni", "dni-restart"):
+        chosen += ["--dni-warmup", round(preset.dni_warmup * share, 4)]
+    return chosen
 
 
-def size(scale, data, method=None):
-    """Options of train.py that all methods share, or those of one method: --dni-warmup is for two of them."""
-    if scale == "paper":
-        return ["--preset", "paper"]
-    warmup = ["--dni-warmup", e_base(scale, data)] if method in (None, "dni", "dni-restart") else []
-    return ["--embedding-size", 128, "--hidden-size", 256, "--epochs", EPOCHS[data], *warmup,
-            *study.UNREGULARISED]
+def recipe(scale, data, method, epochs):
+    """What these options stand for, beside the defaults of train.py, in words."""
+    options = map(str, arguments(scale, data, method, epochs))
+    s, _, _ = command_line.parse(list(options), train.PRESETS, checkpoints.read_settings, train.__doc__)
+    changed = {name: value for name, value in vars(s).items()
+               if value != getattr(train.SMALL, name) and name not in ("mode", "data", "gradient")}
+    return " ".join(f"{name} {value}" for name, value in changed.items()) or "defaults"
 
 
 class One:
@@ -49,45 +62,25 @@ class One:
         self.scale = scale
 
     def __call__(self, case):
-        scale, data, method = self.scale, case["data"], case["method"]
-        arguments = [*size(scale, data, method), "--compile", "--data", data, *METHODS[method],
-                     "--lr", case["lr"], "--seed", case["seed"]]
-        if method not in ("bptt", "restart"):
-            arguments += ["--dni-alpha", ALPHA[scale], "--dni-lr", DNI_RATE[scale]]
-        if method not in ("bptt", "dni"):
-            arguments += ["--e-base", e_base(scale, data)]
-        folder = study.ROOT / "trainings" / f"reproduce-{scale}" / "-".join(map(str, case.values()))
-        return study.train_run(case, arguments, folder)
-
-
-def best_rate(rows, data, method, seed):
-    """The rate with the lowest validation perplexity at any epoch, as a string; None where there is none."""
-    rows = [row for row in rows if (row["data"], row["method"], row["seed"]) == (data, method, str(seed))]
-    return min(rows, key=lambda row: float(row["valid_perplexity"]))["lr"] if rows else None
+        data, method, seed = case.values()
+        options = [*arguments(self.scale, data, method, EPOCHS[self.scale, data]), "--seed", seed,
+                   "--compile", "--validate-every", 0.25]
+        folder = study.ROOT / "trainings" / f"reproduce-{self.scale}" / f"{data}-{method}-{seed}"
+        return study.train_run(case, options, folder)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The paper's five methods at equal budget.")
-    parser.add_argument("--scale", choices=RATES, required=True)
+    parser = argparse.ArgumentParser(description="The paper's methods at equal budget.")
+    parser.add_argument("--scale", choices=SEEDS, default="small")
     parser.add_argument("--data", choices=("ptb", "wt2"), default="ptb")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper")
-    parser.add_argument("--rates", nargs="+", type=float, help="learning rates of the grid; "
-                        "0.001 0.003 0.01 0.03 at scale small, 0.001 at scale paper")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time [%(default)s]")
     a = parser.parse_args()
-    seeds, rates = a.seeds or SEEDS[a.scale], a.rates or RATES[a.scale]
-    log = study.LOGS / f"reproduce-{a.scale}-{a.data}.csv"
-    facts = dict(settings=" ".join(map(str, size(a.scale, a.data))), alpha=ALPHA[a.scale],
-                 e_base=e_base(a.scale, a.data))
-
-    def train(choices):
-        cases = [dict(data=a.data, method=m, lr=lr, seed=seed) for m, lr, seed in choices]
-        study.run(log, One(a.scale), cases, a.jobs, **facts)
-    train([(m, lr, seeds[0]) for lr in rates for m in a.methods])
-    best = {m: best_rate(study.read(log), a.data, m, seeds[0]) for m in a.methods}
-    if seeds[1:]:
-        train([(m, float(best[m]), seed) for seed in seeds[1:] for m in a.methods])
+    recipes = {method: recipe(a.scale, a.data, method, EPOCHS[a.scale, a.data]) for method in METHODS}
+    cases = [dict(data=a.data, method=method, seed=seed)
+             for seed in a.seeds or SEEDS[a.scale] for method in a.methods]
+    study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", One(a.scale), cases, a.jobs, **recipes)
 
 
 if __name__ == "__main__":

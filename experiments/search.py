@@ -1,12 +1,11 @@
-"""Which settings suit which method? At a third of preset small's budget: 5 epochs of Penn Treebank, one seed.
+"""Which settings suit which method? Penn Treebank, one seed, a third of preset small's budget or all of it.
 
     python experiments/search.py                      every case below that its log lacks
     python experiments/search.py --methods cosine     those of one method
 
-A case is a method, a learning rate, and other options of train.py. It is judged by its best validation
-perplexity at the end of an epoch. The methods are the paper's five, and `cosine`: one run of SGDR, so that
-the rate falls once and never restarts. A third of the budget is a scaled copy of the whole: restarts, and the
-first use of a DNI, come at the same share of the training.
+A case is a method of reproduce.py, a number of epochs, a learning rate, and what else is searched. It is
+judged by its best validation perplexity at the end of an epoch. With fewer epochs the restarts, and the first
+use of a DNI, come at the same share of the training.
 """
 
 import argparse
@@ -14,38 +13,44 @@ import argparse
 import reproduce
 import study
 
-EPOCHS, WHOLE, SEED = 5, 15, 42
-METHODS = {"cosine": ["--mode", "restart"], **reproduce.METHODS}
+SEED = 42
+SHARED = dict(bptt=70, beta2=0.999, dropout_output=0.4, dropout_hidden=0.2, dropout_input=0.2,
+              dropout_embedding=0.0)
+
+
+def case(method, lr, epochs=5, e_base="", **changes):
+    """e_base: epochs of run 0; "": the same share of the training as in the recipe."""
+    return dict(method=method, epochs=epochs, lr=lr, e_base=e_base, **{**SHARED, **changes})
+
+
 # What all methods share is searched with `cosine`, one change at a time.
-CHANGES = ("", "--bptt 35", "--bptt 50", "--beta2 0.99", "--dropout-output 0.5", "--dropout-hidden 0.3",
-           "--dropout-input 0.3")
-CASES = [dict(method="cosine", lr=6e-3, options=options) for options in CHANGES]
+CASES = [case("cosine", 6e-3), case("cosine", 6e-3, bptt=35), case("cosine", 6e-3, beta2=0.99),
+         case("cosine", 3e-3, bptt=35)]
 
 
-def arguments(method, epochs=EPOCHS):
-    """Options of train.py for a method that has so many epochs."""
-    chosen = ["--data", "ptb", "--epochs", epochs, "--compile", *METHODS[method]]
-    if method in ("dni", "dni-restart"):
-        chosen += ["--dni-warmup", round(epochs / WHOLE, 4)]
-    if method not in ("bptt", "dni"):
-        chosen += ["--e-base", epochs if method == "cosine" else round(epochs / WHOLE, 4)]
+def arguments(case):
+    """Options of train.py."""
+    method, epochs = case["method"], case["epochs"]
+    chosen = reproduce.arguments("small", "ptb", method, epochs) + ["--compile", "--seed", SEED]
+    if case["e_base"]:
+        chosen += ["--e-base", case["e_base"]]
+    for name in ("lr", *SHARED):
+        chosen += ["--" + name.replace("_", "-"), case[name]]
     return chosen
 
 
 def one(case):
-    options = case["options"].split()
-    folder = study.ROOT / "trainings" / "search" / "-".join([case["method"], str(case["lr"]), *options])
-    return study.train_run(case, [*arguments(case["method"]), "--seed", SEED, "--lr", case["lr"], *options],
-                           folder)
+    folder = study.ROOT / "trainings" / "search" / "-".join(map(str, case.values()))
+    return study.train_run(case, arguments(case), folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Which settings suit which method?")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=reproduce.METHODS, default=list(reproduce.METHODS))
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time [%(default)s]")
     a = parser.parse_args()
-    study.run(study.LOGS / "search.csv", one, [case for case in CASES if case["method"] in a.methods], a.jobs,
-              epochs=EPOCHS, seed=SEED)
+    cases = [case for case in CASES if case["method"] in a.methods]
+    study.run(study.LOGS / "search.csv", one, cases, a.jobs, seed=SEED)
 
 
 if __name__ == "__main__":
