@@ -2517,7 +2517,11 @@ def test_the_search_trains_what_it_says(studies):
     for case in search.CASES:
         s, _, _ = parsed(*map(str, search.arguments(case)))
         assert (s.data, s.epochs) == ("ptb", case["epochs"])
-        assert all(getattr(s, name) == case[name] for name in ("lr", *search.SHARED))
+        assert all(getattr(s, name) == case[name] for name in search.SHARED)
+        assert s.lr == case["lr"] and s.eta_max == ()
+    falling = search.case("restart", "", e_base=0.7, eta_max="0.01 0.005")
+    s, _, _ = parsed(*map(str, search.arguments(falling)))
+    assert (s.e_base, s.eta_max) == (0.7, (0.01, 0.005))
     for method, mode in reproduce.METHODS.items():
         s, _, _ = parsed(*map(str, reproduce.arguments("small", "ptb", method, 5)))
         whole, _, _ = parsed(*map(str, reproduce.arguments("small", "ptb", method, 15)))

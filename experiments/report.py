@@ -381,10 +381,10 @@ def searched(rows):
     """The best validation perplexity of each case of search.py."""
     from search import SHARED
     lines = []
-    for its in groups(rows, "method", "epochs", "lr", "e_base", *SHARED).values():
+    for its in groups(rows, "method", "epochs", "lr", "e_base", "eta_max", *SHARED).values():
         best = min(its, key=lambda row: float(row["valid_perplexity"]))
         besides = [f"{name} {best[name]}" for name, usual in SHARED.items() if best[name] != str(usual)]
-        besides += [f"e_base {best['e_base']}"] if best["e_base"] else []
+        besides += [f"{name} {best[name]}" for name in ("e_base", "eta_max") if best[name]]
         lines.append([best["epochs"], NAMES[best["method"]], best["lr"], ", ".join(besides),
                       *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
     lines.sort(key=lambda line: (-int(line[0]), list(NAMES.values()).index(line[1]), float(line[4])))

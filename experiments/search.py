@@ -18,9 +18,12 @@ SHARED = dict(bptt=70, beta2=0.999, dropout_output=0.4, dropout_hidden=0.2, drop
               dropout_embedding=0.0)
 
 
-def case(method, lr, epochs=5, e_base="", **changes):
-    """e_base: epochs of run 0; "": the same share of the training as in the recipe."""
-    return dict(method=method, epochs=epochs, lr=lr, e_base=e_base, **{**SHARED, **changes})
+def case(method, lr, epochs=5, e_base="", eta_max="", **changes):
+    """e_base: epochs of run 0; "": the same share of the training as in the recipe.
+
+    eta_max: the rate that each run begins with, "0.01 0.005"; "": lr.
+    """
+    return dict(method=method, epochs=epochs, lr=lr, e_base=e_base, eta_max=eta_max, **{**SHARED, **changes})
 
 
 # What all methods share is searched with `cosine`, one change at a time.
@@ -34,7 +37,8 @@ def arguments(case):
     chosen = reproduce.arguments("small", "ptb", method, epochs) + ["--compile", "--seed", SEED]
     if case["e_base"]:
         chosen += ["--e-base", case["e_base"]]
-    for name in ("lr", *SHARED):
+    chosen += ["--eta-max", *case["eta_max"].split()] if case["eta_max"] else ["--lr", case["lr"]]
+    for name in SHARED:
         chosen += ["--" + name.replace("_", "-"), case[name]]
     return chosen
 
