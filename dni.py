@@ -369,18 +369,20 @@ def episodes(steps, B, K=4, fillers=8):
     return inputs, symbol.masked_fill(place != 10, -100)
 
 
-def answers(g, updates=500, T=10, B=24, H=64):
-    """Train a QRNN on `episodes`, with g or without. The share of right answers in the last 50 updates.
+def answers(kind, updates=2000, T=10, B=24, H=64):
+    """Train a QRNN on `episodes`. The shares of right answers in the last 50 updates of each quarter.
 
+    kind: makes a g; None for truncated BPTT.
     The symbol is shown 10 steps before the query, so that one border of chunks of T = 10 lies between them.
     """
     torch.manual_seed(0)
+    dni = kind and Interface(kind())
+    torch.manual_seed(0)                                                # the same model and text for all
     inputs, targets = episodes(updates * T, B)
     embed, rnn, decode = nn.Embedding(13, H), QRNN(H, H), nn.Linear(H, 13)
     nn.init.constant_(rnn.layers[0].bias[H:2 * H].data, 2.0)            # forget little
     model = nn.ModuleList([embed, rnn, decode])
     optimizer, state, right = torch.optim.Adam(model.parameters(), 3e-3), None, []
-    dni = g and Interface(g, torch.optim.Adam(g.parameters(), 1e-3))
     for x, y in zip(inputs.split(T), targets.split(T)):
         h, [(c, x_prev)] = rnn(embed(x), state)
         logits = decode(h)
@@ -395,7 +397,8 @@ def answers(g, updates=500, T=10, B=24, H=64):
         optimizer.step()
         state = [(c.detach().requires_grad_(), x_prev)]
         right.append((logits.argmax(-1) == y)[y != -100])
-    return torch.cat(right[-50:]).float().mean().item()
+    quarters = [right[end - 50:end] for end in range(updates // 4, updates + 1, updates // 4)]
+    return [torch.cat(quarter).float().mean().item() for quarter in quarters]
 
 
 def agreement_after(borders, gradient):
@@ -415,12 +418,12 @@ def agreement_after(borders, gradient):
 
 if __name__ == "__main__":
     two_chunks()
-    print("Recall a symbol that was shown one chunk before (chance 0.25). Right answers after 500 updates:")
-    for name, g in (("truncated BPTT", None), ("layer-wise DNI", LayerDNI([64])),
-                    ("neuron-wise DNI", NeuronDNI())):
-        print(f"  {name:16} {answers(g):.2f}", flush=True)
-    print("Truncated BPTT is above chance: a trace of the symbol is left in the state. The neuron-wise g\n"
-          "does harm here, for its predictions mean nothing: see experiments/results.md.")
+    print("Recall a symbol that was shown one chunk before. The share of right answers (chance: 0.25) after\n"
+          "  updates             500  1000  1500  2000")
+    for name, kind in (("truncated BPTT", None), ("layer-wise DNI", lambda: LayerDNI([64])),
+                       ("neuron-wise DNI", NeuronDNI)):
+        print(f"  {name:17}", "  ".join(f"{share:.2f}" for share in answers(kind)), flush=True)
+    print("Truncated BPTT is above chance: a trace of the symbol is left in the state.")
     print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
     for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
                            ("a coin toss", lambda c: torch.randn_like(c).sign())):

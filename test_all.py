@@ -2647,9 +2647,9 @@ def test_each_file_runs_alone(script, tmp_path):
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and len(run.stdout.split("\n")) > 3, run.stderr
     if script == "dni.py":
-        numbers = map(float, re.findall(r" ([+\d.]+)$", run.stdout, re.M)[:5])
-        whole, truncated, mended, bptt, layer = numbers
-        assert whole == mended != truncated and bptt < 0.6 and layer > 0.9
+        numbers = map(float, re.findall(r" ([+\d]+\.\d+)$", run.stdout, re.M)[:6])
+        whole, truncated, mended, bptt, layer, neuron = numbers
+        assert whole == mended != truncated and bptt < 0.6 < neuron and layer > 0.9
         assert "\n".join(run.stdout.split("\n")[:5]) in README.replace("\n    ", "\n")
 
 

@@ -56,7 +56,7 @@ T, B, NEURONS, SYMBOLS, FILLERS = 10, 32, 64, 4, 8
 QUERY, IGNORED = SYMBOLS + FILLERS, -100                           # a token, and a target that is not counted
 SETTINGS = train.Settings(embedding_size=NEURONS, hidden_size=NEURONS, num_layers=1, l2=0.0, clip=1.0,
                           batch_size=B, bptt=T, lr=3e-3)
-UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4), (100, 101)
+UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4, 1e-5), (100, 101)
 
 
 class Reader(nn.Module):

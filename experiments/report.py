@@ -232,17 +232,27 @@ def taught_text(rows):
 
 
 def finals(rows):
-    """{(counts, arm, borders): its rows at the rate that the search found}, of recall.py."""
+    """Of recall.py, the rows of the search, and {(counts, arm, borders): rows} of the other seeds.
+
+    They are those at the rate that the search found, and, in a third part, those at other rates.
+    """
     from recall import SEARCH_SEEDS, best_rate
-    search = [row for row in rows if int(row["seed"]) in SEARCH_SEEDS]
-    found = groups((row for row in rows if int(row["seed"]) not in SEARCH_SEEDS), "counts", "arm", "borders")
-    best = {case: best_rate(search, *case) for case in found}
-    return search, {case: [row for row in its if row["rate"] == str(best[case]) or not best[case]]
-                    for case, its in found.items()}
+    search, found, others = [], {}, {}
+    for row in rows:
+        case = row["counts"], row["arm"], row["borders"]
+        if int(row["seed"]) in SEARCH_SEEDS:
+            search.append(row)
+        else:
+            found.setdefault(case, []).append(row)
+    for case, its in found.items():
+        best = best_rate(search, *case)
+        found[case] = [row for row in its if not best or row["rate"] == str(best)]
+        others[case] = [row for row in its if best and row["rate"] != str(best)]
+    return search, found, others
 
 
 def recall(rows):
-    search, found = finals(rows)
+    search, found, others = finals(rows)
     borders, lines, agreement = sorted({b for *_, b in found}), [], []
     for counts in ("all", "answers"):
         for arm in sorted({arm for its, arm, _ in found if its == counts}, key=ORDER.index):
@@ -266,6 +276,11 @@ def recall(rows):
               "targets in training; means over the tests of a run, medians over seeds.\n\n"
             + table(["counted", "arm", *(f"{borders_of(b)}: {of_what}" for b in borders
                                          for of_what in ("cosine, true", "R², target"))], agreement))
+    lines = [[counts, NAMES[arm], b, rate, accuracy_of(last_of(mine, "seed"))]
+             for (counts, arm, b), its in others.items() for (rate,), mine in groups(its, "rate").items()]
+    if lines:
+        text += ("\nThe same at another rate.\n\n"
+                 + table(["counted", "arm", "borders", "rate", "accuracy"], lines))
     if search:
         rates = sorted({row["rate"] for row in search}, key=float, reverse=True)
         lines = [[counts, NAMES[arm], b, *(mean_accuracy(having(its, rate=rate)) for rate in rates)]
@@ -416,7 +431,7 @@ def gains_table(rows):
     """Bits saved against truncated BPTT for each T, on seeds that were not used to find the rates."""
     found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
     lengths, lines = sorted({T for _, T, _, _ in found}, key=int), []
-    for arm in ("full", "twice", "linear", "mlp", "line", "neuron"):
+    for arm in ("full", "twice", "linear", "mlp", "neuron"):
         of = [keys.get((arm, T)) for T in lengths]
         gains = [[gain for gain, _ in given_back(found, key).values()] if key in found else [] for key in of]
         lines.append([TEXT[arm], *(spread(g, 3, "") if g else "" for g in gains)])
@@ -470,7 +485,7 @@ def figure_text(plt, rows):
 
 def figure_recall(plt, rows):
     """A row of panels for what is counted, a panel for each number of borders."""
-    _, found = finals(rows)
+    _, found, _ = finals(rows)
     borders, counts = sorted({b for *_, b in found}), sorted({counts for counts, *_ in found})
     figure, axes = plt.subplots(len(counts), len(borders), sharex=True, sharey=True, squeeze=False,
                                 figsize=(4 * len(borders), 0.6 + 2.6 * len(counts)))

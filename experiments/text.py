@@ -139,7 +139,7 @@ def full_update(model, optimizer, recent, clip, mixed=contextlib.nullcontext()):
 
 
 def one(case, every=10, name="ptb-chars"):
-    """A row for each tenth of the updates."""
+    """A row for each tenth of the updates, or for as many parts as `every` says."""
     machine.keep_freed_memory()
     arm, T, corpus = case["arm"], case["T"], data.load_corpus(name)
     inputs, targets = data.streams(corpus.train, B)
@@ -223,7 +223,7 @@ def main():
     todo = [case for case in cases(a.study, chosen) if case["arm"] in a.arms]
     model = f"QRNN of {HIDDEN}, embedding {EMBEDDING}, B = {B}, Adam 0.002, clip 1"
     if a.study == "words":
-        study.run(study.LOGS / "text-words.csv", functools.partial(one, name="ptb"), todo, a.jobs,
+        study.run(study.LOGS / "text-words.csv", functools.partial(one, every=5, name="ptb"), todo, a.jobs,
                   model=model)
     else:
         study.run(log, one, todo, a.jobs, model=model, updates=str(UPDATES))
