@@ -23,8 +23,7 @@ word but a query is not counted: not in training, not in the true gradient, and 
 floor is then 1. B is 32 with `all`, and twice the length of an episode with `answers`.
 
 The learning rate of each g is the best of RATES, by accuracy, for each number of borders, on two seeds that
-serve for nothing else. (`neuron4` is in this search alone, over two borders, where it does no better than
-`neuron`.) The discount α is 0.9.
+serve for nothing else. (`neuron4` is in this search alone, over two borders.) The discount α is 0.9.
 
 An update is `train_step` of train.py (for `full`, `full_step` below), without dropout, on a text that never
 repeats. The model, one QRNN layer of 64, starts with forget gates of about sigmoid(2), so that a state
