@@ -131,13 +131,16 @@ def bits_of(its):
 
 
 def given_back(found, key):
-    """{seed: (fewer bits than truncated BPTT's, the same as a share of what longer BPTT gains)}."""
+    """{seed: (fewer bits than truncated BPTT's, the same as a share of what longer BPTT gains)}.
+
+    The share is None where longer BPTT gains nothing.
+    """
     T, gains = key[1], {}
     truncated, ceiling = (bits_of(found.get((arm, T, "", ""), {})) for arm in ("bptt", "full"))
     for seed, bits in bits_of(found[key]).items():
         if seed in truncated and seed in ceiling:
-            gain = truncated[seed] - bits
-            gains[seed] = gain, gain / (truncated[seed] - ceiling[seed])
+            gain, gap = truncated[seed] - bits, truncated[seed] - ceiling[seed]
+            gains[seed] = gain, gain / gap if gap > 0 else None
     return gains
 
 
@@ -180,7 +183,8 @@ def text_lengths(rows, keys):
                 line += ["", ""]
             else:
                 line.append(spread([gain for gain, _ in gains.values()], 3, ""))
-                line.append("" if arm == "full" else spread([share for _, share in gains.values()], alone=""))
+                shares = [share for _, share in gains.values()]
+                line.append("" if arm == "full" or None in shares else spread(shares, alone=""))
             of_g = key[3] and [spread(numbers(its.values(), name), 3, "") for name in ("cosine", "r2")]
             lines.append(line + (of_g or ["", ""]))
     return table(["T", "", "rate of g", "seeds", "bits", "fewer than truncated BPTT, same seed",
