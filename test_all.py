@@ -2585,6 +2585,14 @@ def test_the_tables_say_what_a_hand_would(studies):
             for valid, train in (("9", "7"), ("7.126", "6"), ("8", "5"))]
     line = "|5|BPTT, one cosine, no restart|0.1|bptt 35|7.13|6.00|"
     assert line in report.searched(rows)
+    rows = [dict(counts="all", arm="layer", borders="1", rate=rate, seed=seed, updates="2400",
+                 accuracy=accuracy, true_cosine="0", target_r2="0")
+            for rate, seed, accuracy in (("0.1", "100", "0.3"), ("0.01", "100", "0.8"), ("0.01", "0", "0.5"),
+                                         ("0.1", "0", "0.4"), ("0.01", "1", "0.95"))]
+    text = report.recall(rows)
+    assert "|all|layer-wise DNI|0.72 [0.61, 0.84], 1/2 (rate 0.01)|" in text       # the rate of the search
+    assert "|all|layer-wise DNI|1|0.1|0.40 [0.40, 0.40], 0/1|" in text             # another rate
+    assert "|all|layer-wise DNI|1|0.30|0.80|" in text                              # the search
 
     def training(method, lr, seed, valid, tested):
         return [dict(data="ptb", method=method, lr=lr, seed=seed, epoch=str(epoch), valid_perplexity=str(v),
