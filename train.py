@@ -230,6 +230,73 @@ def train(place, model, optimizer, schedule, dni, text, valid_tokens, settings, 
             break
 
 
+# ------------------------------------------------------------------------------------------------------- main
+
+def build(s, vocabulary, device):
+    """Everything that learns: (model, optimizer, dni or None), the same initial model in every mode."""
+    torch.manual_seed(s.seed)
+    dropouts = {name: value for name, value in vars(s).items() if name.startswith("dropout")}
+    model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers, window=s.window,
+                          zoneout=s.zoneout, compile=s.compile, **dropouts).to(device)
+    fused = {"fused": True} if device in ("cpu", "cuda") else {}
+    optimizer = torch.optim.Adam(model.parameters(), s.lr, (0.9, s.beta2), weight_decay=s.l2, **fused)
+    if not uses_synthetic(s):
+        return model, optimizer, None
+    # Every mode draws the same dropout masks: g leaves torch's generator as it was, and has its own.
+    before, own = machine.random_state(device), torch.Generator(device).manual_seed(s.seed)
+    options = dict(hidden_size=s.dni_hidden, noise=s.dni_noise, last_layer=s.dni_last_layer, generator=own)
+    if s.dni == "neuron":
+        g = NeuronDNI(window=s.dni_window, zoneout=s.dni_zoneout, compile=s.compile, **options)
+    else:
+        options["hidden_size"] *= s.dni == "layer"                      # 0 stands for one linear map
+        g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], **options)
+    machine.set_random_state(before, device)
+    g_optimizer = torch.optim.Adam(g.to(device).parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused)
+    return model, optimizer, Interface(g, g_optimizer, s.dni_alpha, s.dni_bptt)
+
+
+def main(argv):
+    """Train, test the best model, return the exit status. Raises CorpusError and those of command_line.py."""
+    s, out, resume = command_line.parse(argv, PRESETS, checkpoints.read_settings, __doc__)
+    if s.data not in CORPORA and Path(s.data).is_dir():
+        s = dataclasses.replace(s, data=str(Path(s.data).resolve()))    # to resume from anywhere
+    device, mixed = machine.prepare(s.device, s.precision)
+    processes.join(device)
+    with processes.first_process_first():                               # it may have to download
+        corpus = load_corpus(s.data, s.data_dir or None, delay=s.bptt + 10)          # of recall: a border
+    text = streams(corpus.train.to(device), s.batch_size, s.bptt)       # (L, B) twice
+    valid_tokens, test_tokens = corpus.valid.to(device), corpus.test.to(device)
+    streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)  # raise where there is too little
+    model, optimizer, dni = build(s, len(corpus.vocabulary), device)
+    schedule, place = make_schedule(s, optimizer), Place()
+    parts, generators = {"model": model, "optimizer": optimizer}, []
+    divided, sums = [(place, "state")], [(place, "total")]              # what is divided among processes
+    if dni:
+        parts, generators = {**parts, "dni": dni.g, "dni_optimizer": dni.optimizer}, [dni.g.generator]
+        divided, sums = [*divided, (dni, "memory"), (dni, "past")], [*sums, (dni.agreement, "sums")]
+    text = processes.own_streams(text, s.seed, generators)              # (L, B / processes) twice
+    keeper = Keeper(s, place, parts, divided, sums, generators, device, len(text[0]), corpus.fingerprint(),
+                    hint="try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
+    keeper.open(out, resume, f"{Path(s.data).name}-{s.mode}")
+    its_dni = f", {s.dni} DNI of {machine.parameters(dni.g):,}" if dni else ""
+    print(*describe(corpus), f"model of {machine.parameters(model):,} parameters{its_dni}; "
+          f"{machine.describe(device, mixed)}; in {keeper.folder}", sep="\n", flush=True)
+    with keeper:
+        train(place, model, optimizer, schedule, dni, text, valid_tokens, s, mixed, keeper)
+    if keeper.rank == 0:
+        keeper.load_best()
+        print("sampled:", *sample(model, corpus.vocabulary), sep="\n  ")
+        loss = evaluate(model, test_tokens, 1, mixed)
+        print(*describe(corpus)[1:], f"bits per token {loss / math.log(2):.4f}",
+              f"test perplexity {perplexity(loss):.2f}", sep="\n")
+    return 0
+
+
+def command(argv=None):
+    """`main`, with what a user can put right told in one line. Returns the exit status."""
+    return command_line.run(main, argv, [CorpusError], "try a lower --batch-size, --bptt or --hidden-size")
+
+
 # --------------------------------------------------------------------------------------------------- settings
 
 FOR_RESTARTS = (lambda s: s.mode in SGDR_MODES, "--mode restart or alternating")
@@ -326,73 +393,6 @@ PAPER = dataclasses.replace(
     bptt=200, jitter=True, e_base=5.0, dni_alpha=1.0)
 PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
 PRESETS = {"small": SMALL, "paper": PAPER, "paper wt2": PAPER_WT2}
-
-
-# ------------------------------------------------------------------------------------------------------- main
-
-def build(s, vocabulary, device):
-    """Everything that learns: (model, optimizer, dni or None), the same initial model in every mode."""
-    torch.manual_seed(s.seed)
-    dropouts = {name: value for name, value in vars(s).items() if name.startswith("dropout")}
-    model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers, window=s.window,
-                          zoneout=s.zoneout, compile=s.compile, **dropouts).to(device)
-    fused = {"fused": True} if device in ("cpu", "cuda") else {}
-    optimizer = torch.optim.Adam(model.parameters(), s.lr, (0.9, s.beta2), weight_decay=s.l2, **fused)
-    if not uses_synthetic(s):
-        return model, optimizer, None
-    # Every mode draws the same dropout masks: g leaves torch's generator as it was, and has its own.
-    before, own = machine.random_state(device), torch.Generator(device).manual_seed(s.seed)
-    options = dict(hidden_size=s.dni_hidden, noise=s.dni_noise, last_layer=s.dni_last_layer, generator=own)
-    if s.dni == "neuron":
-        g = NeuronDNI(window=s.dni_window, zoneout=s.dni_zoneout, compile=s.compile, **options)
-    else:
-        options["hidden_size"] *= s.dni == "layer"                      # 0 stands for one linear map
-        g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], **options)
-    machine.set_random_state(before, device)
-    g_optimizer = torch.optim.Adam(g.to(device).parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused)
-    return model, optimizer, Interface(g, g_optimizer, s.dni_alpha, s.dni_bptt)
-
-
-def main(argv):
-    """Train, test the best model, return the exit status. Raises CorpusError and those of command_line.py."""
-    s, out, resume = command_line.parse(argv, PRESETS, checkpoints.read_settings, __doc__)
-    if s.data not in CORPORA and Path(s.data).is_dir():
-        s = dataclasses.replace(s, data=str(Path(s.data).resolve()))    # to resume from anywhere
-    device, mixed = machine.prepare(s.device, s.precision)
-    processes.join(device)
-    with processes.first_process_first():                               # it may have to download
-        corpus = load_corpus(s.data, s.data_dir or None, delay=s.bptt + 10)          # of recall: a border
-    text = streams(corpus.train.to(device), s.batch_size, s.bptt)       # (L, B) twice
-    valid_tokens, test_tokens = corpus.valid.to(device), corpus.test.to(device)
-    streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)  # raise where there is too little
-    model, optimizer, dni = build(s, len(corpus.vocabulary), device)
-    schedule, place = make_schedule(s, optimizer), Place()
-    parts, generators = {"model": model, "optimizer": optimizer}, []
-    divided, sums = [(place, "state")], [(place, "total")]              # what is divided among processes
-    if dni:
-        parts, generators = {**parts, "dni": dni.g, "dni_optimizer": dni.optimizer}, [dni.g.generator]
-        divided, sums = [*divided, (dni, "memory"), (dni, "past")], [*sums, (dni.agreement, "sums")]
-    text = processes.own_streams(text, s.seed, generators)              # (L, B / processes) twice
-    keeper = Keeper(s, place, parts, divided, sums, generators, device, len(text[0]), corpus.fingerprint(),
-                    hint="try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
-    keeper.open(out, resume, f"{Path(s.data).name}-{s.mode}")
-    its_dni = f", {s.dni} DNI of {machine.parameters(dni.g):,}" if dni else ""
-    print(*describe(corpus), f"model of {machine.parameters(model):,} parameters{its_dni}; "
-          f"{machine.describe(device, mixed)}; in {keeper.folder}", sep="\n", flush=True)
-    with keeper:
-        train(place, model, optimizer, schedule, dni, text, valid_tokens, s, mixed, keeper)
-    if keeper.rank == 0:
-        keeper.load_best()
-        print("sampled:", *sample(model, corpus.vocabulary), sep="\n  ")
-        loss = evaluate(model, test_tokens, 1, mixed)
-        print(*describe(corpus)[1:], f"bits per token {loss / math.log(2):.4f}",
-              f"test perplexity {perplexity(loss):.2f}", sep="\n")
-    return 0
-
-
-def command(argv=None):
-    """`main`, with what a user can put right told in one line. Returns the exit status."""
-    return command_line.run(main, argv, [CorpusError], "try a lower --batch-size, --bptt or --hidden-size")
 
 
 if __name__ == "__main__":
