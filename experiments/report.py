@@ -57,7 +57,7 @@ TEXT = {"bptt": "truncated BPTT",
 RED, BLUE, GREEN, GREY = "#d62728", "#1f77b4", "#2ca02c", "0.35"
 COLOURS = {"bptt": GREY, "full": GREEN, "twice": "#9467bd", "neuron": RED, "layer": "#17becf",
            "linear": BLUE, "mlp": "#17becf", "line": "#ff7f0e",
-           "dni": RED, "restart": GREY, "dni-restart": RED, "alternating": BLUE}
+           "dni": RED, "cosine": GREEN, "restart": GREY, "dni-restart": RED, "alternating": BLUE}
 
 
 # ------------------------------------------------------------------------------------------- a few statistics
@@ -512,29 +512,27 @@ def figure_recall(plt, rows):
 
 
 def figure_curves(plt, rows):
-    from sgdr import run_at
+    """Validation perplexity of the methods, mean and range over seeds; restarts and spans marked."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    epochs = max(int(row["epoch"]) for row in rows)
-    panels = {"constant rate": ("bptt", "dni"),
-              "restarts; shaded: alternating is synthetic": ("restart", "dni-restart", "alternating")}
+    panels = {"without restarts": ("bptt", "dni", "cosine"),
+              "with restarts (dotted; shaded: synthetic)": ("restart", "dni-restart", "alternating")}
     for axis, (title, methods) in zip(axes, panels.items()):
         for method in methods:
-            curves = groups(chosen(rows, "ptb", method), "epoch")
-            values = {int(e): numbers(of, "valid_perplexity") for (e,), of in curves.items()}
-            low, mean, high = ([of(v) for v in values.values()] for of in (min, statistics.mean, max))
-            axis.plot(list(values), mean, ".-", color=COLOURS[method], label=NAMES[method])
-            axis.fill_between(list(values), low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
-        axis.set(title=title, xlabel="epoch", xlim=(0, 1.02 * epochs))
-        axis.legend(fontsize=7)
-    fine = [i * epochs / 2000 for i in range(2000)]
-    runs = [run_at(e, base=epochs / 15).index for e in fine]
-    for run in sorted(set(runs)):
-        span = [e for e, r in zip(fine, runs) if r == run]
-        if run % 2:
-            axes[1].axvspan(span[0], span[-1], color=COLOURS["alternating"], alpha=0.1, linewidth=0)
-        elif run:
-            axes[1].axvline(span[0], color="0.7", linewidth=0.8, linestyle=":")
-    axes[0].set(ylabel="validation perplexity", ylim=(None, 2.2 * min(numbers(rows, "valid_perplexity"))))
+            curve = {float(epoch): numbers(its, "valid_perplexity")
+                     for (epoch,), its in groups(having(rows, method=method), "epoch").items()}
+            low, mean, high = ([of(v) for v in curve.values()] for of in (min, statistics.mean, max))
+            axis.plot(list(curve), mean, color=COLOURS[method], linewidth=1.2, label=NAMES[method])
+            axis.fill_between(list(curve), low, high, color=COLOURS[method], alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="epoch", xlim=(0, None))
+        axis.legend(fontsize=7, loc="upper right")
+    its = having(rows, method="alternating", seed=rows[0]["seed"])
+    for last, row in zip(its, its[1:]):
+        begin, end = float(last["epoch"]), float(row["epoch"])          # a restart: at the row before it
+        if row["run"] != last["run"]:
+            axes[1].axvline(begin, color="0.6", linewidth=0.8, linestyle=":")
+        if row["gradient"] == "synthetic":
+            axes[1].axvspan(begin, end, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
+    axes[0].set(ylabel="validation perplexity", ylim=(None, 1.6 * min(numbers(rows, "valid_perplexity"))))
     return figure
 
 
@@ -561,9 +559,9 @@ def results(logs):
     section("Is credit carried? `recall.py`", recall, logs["recall"], "recall", picture="recall.png")
     section("What could be known: `taught.py`", taught, logs["taught"], "taught")
     section("Which settings suit which method? `search.py`", searched, logs["search"], "search")
-    section("The paper's methods. `reproduce.py`", methods, [logs[name] for name in METHODS], *METHODS)
-    section("The paper's methods in three epochs, an earlier study", earlier, logs[EARLIER], EARLIER,
+    section("The paper's methods. `reproduce.py`", methods, [logs[name] for name in METHODS], *METHODS,
             picture="curves.png")
+    section("The paper's methods in three epochs, an earlier study", earlier, logs[EARLIER], EARLIER)
     text.append("\n## Preset `small` on Penn Treebank\n\n" + small_ptb())
     text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): "
                 f"neuron-wise {parameters(NeuronDNI()):,} parameters, "
@@ -596,7 +594,7 @@ def main():
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False,
                          "axes.spines.right": False, "font.size": 9})
     for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, logs["recall"]),
-                             ("curves", figure_curves, logs[EARLIER])):
+                             ("curves", figure_curves, logs[METHODS[0]])):
         if rows:
             figure = draw(plt, rows)
             figure.savefig(OUT / f"{name}.png", dpi=130)

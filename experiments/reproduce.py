@@ -31,28 +31,31 @@ EPOCHS = {("small", "ptb"): 15, ("small", "wt2"): 5, ("paper", "ptb"): 320, ("pa
 SEEDS = {"small": (42, 43, 44), "paper": (42,)}
 
 
+def settings(options):
+    """What train.py makes of its options."""
+    return command_line.parse(list(map(str, options)), train.PRESETS, checkpoints.read_settings, "")[0]
+
+
 def arguments(scale, data, method, epochs):
     """Options of train.py for a method that has so many epochs."""
-    preset = train.PRESETS[scale]
-    share = epochs / preset.epochs
     chosen = ["--preset", scale] if scale != "small" else []
     chosen += [*METHODS[method], "--data", data]
+    usual = settings(chosen)
+    share = epochs / usual.epochs
     if share != 1:
         chosen += ["--epochs", epochs]
     if method == "cosine":
         chosen += ["--e-base", epochs]
     elif share != 1 and method not in ("bptt", "dni"):
-        chosen += ["--e-base", round(preset.e_base * share, 4)]
+        chosen += ["--e-base", round(usual.e_base * share, 4)]
     if share != 1 and method in ("dni", "dni-restart"):
-        chosen += ["--dni-warmup", round(preset.dni_warmup * share, 4)]
+        chosen += ["--dni-warmup", round(usual.dni_warmup * share, 4)]
     return chosen
 
 
 def recipe(scale, data, method, epochs):
     """What these options stand for, beside the defaults of train.py, in words."""
-    options = map(str, arguments(scale, data, method, epochs))
-    s, _, _ = command_line.parse(list(options), train.PRESETS, checkpoints.read_settings, train.__doc__)
-    changed = {name: value for name, value in vars(s).items()
+    changed = {name: value for name, value in vars(settings(arguments(scale, data, method, epochs))).items()
                if value != getattr(train.SMALL, name) and name not in ("mode", "data", "gradient")}
     return " ".join(f"{name} {value}" for name, value in changed.items()) or "defaults"
 

@@ -27,8 +27,8 @@ def case(method, lr, epochs=5, e_base="", eta_max="", **changes):
 
 
 # What all methods share is searched with `cosine`, one change at a time.
-CASES = [case("cosine", 6e-3), case("cosine", 6e-3, bptt=35), case("cosine", 6e-3, beta2=0.99),
-         case("cosine", 3e-3, bptt=35)]
+CASES = [case("cosine", 6e-3, bptt=35), case("cosine", 6e-3), case("cosine", 1e-2, bptt=35),
+         case("cosine", 6e-3, bptt=35, beta2=0.99)]
 
 
 def arguments(case):
