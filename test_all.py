@@ -2516,9 +2516,10 @@ def test_the_search_trains_what_it_says(studies):
     search, reproduce = studies("search"), studies("reproduce")
     for case in search.CASES:
         s, _, _ = parsed(*map(str, search.arguments(case)))
-        assert (s.data, s.epochs) == ("ptb", case["epochs"])
+        assert (s.data, s.epochs) == (case["data"], case["epochs"])
         assert all(getattr(s, name) == case[name] for name in search.SHARED)
-        assert s.lr == case["lr"] and s.eta_max == ()
+        assert s.eta_max == tuple(map(float, case["eta_max"].split())) and (s.eta_max or s.lr == case["lr"])
+        assert s.mode not in train.SGDR_MODES or s.e_base == (case["e_base"] or case["epochs"])
     falling = search.case("restart", "", e_base=0.7, eta_max="0.01 0.005")
     s, _, _ = parsed(*map(str, search.arguments(falling)))
     assert (s.e_base, s.eta_max) == (0.7, (0.01, 0.005))
@@ -2583,7 +2584,7 @@ def test_the_tables_say_what_a_hand_would(studies):
     case = {name: str(value) for name, value in studies("search").case("cosine", 0.1, bptt=35).items()}
     rows = [dict(case, valid_perplexity=valid, train_perplexity=train)
             for valid, train in (("9", "7"), ("7.126", "6"), ("8", "5"))]
-    line = "|5|BPTT, one cosine, no restart|0.1|bptt 35|7.13|6.00|"
+    line = "|ptb|5|BPTT, one cosine, no restart|0.1|bptt 35|7.13|6.00|"
     assert line in report.searched(rows)
     rows = [dict(counts="all", arm="layer", borders="1", rate=rate, seed=seed, updates="2400",
                  accuracy=accuracy, true_cosine="0", target_r2="0")

@@ -400,17 +400,17 @@ def searched(rows):
     """The best validation perplexity of each case of search.py."""
     from search import SHARED
     lines = []
-    for its in groups(rows, "method", "epochs", "lr", "e_base", "eta_max", *SHARED).values():
+    for its in groups(rows, "data", "method", "epochs", "lr", "e_base", "eta_max", *SHARED).values():
         best = min(its, key=lambda row: float(row["valid_perplexity"]))
         besides = [f"{name} {best[name]}" for name, usual in SHARED.items() if best[name] != str(usual)]
         besides += [f"{name} {best[name]}" for name in ("e_base", "eta_max") if best[name]]
-        lines.append([best["epochs"], NAMES[best["method"]], best["lr"], ", ".join(besides),
+        lines.append([best["data"], best["epochs"], NAMES[best["method"]], best["lr"], ", ".join(besides),
                       *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
-    lines.sort(key=lambda line: (-int(line[0]), list(NAMES.values()).index(line[1]), float(line[4])))
+    lines.sort(key=lambda line: (line[0], int(line[1]), list(NAMES.values()).index(line[2]), float(line[5])))
     usual = ", ".join(f"{name} {value}" for name, value in SHARED.items())
     return (f"Perplexity of validation and training text (the latter with dropout) at the best epoch. Where "
             f"nothing else is said: {usual}.\n\n"
-            + table(["epochs", "method", "rate", "besides", "validation", "training"], lines))
+            + table(["text", "epochs", "method", "rate", "besides", "validation", "training"], lines))
 
 
 def small_ptb():
