@@ -91,7 +91,7 @@ def quartiles(values):
 
 def spread(values, digits=2, alone=" (one seed)"):
     """mean ± standard deviation over n values; `alone` is said of a single one"""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{round(statistics.mean(values), digits) + 0:.{digits}f}"         # + 0: no -0.000
     return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else alone)
 
 
