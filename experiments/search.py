@@ -29,7 +29,17 @@ def case(method, lr, epochs=5, data="ptb", e_base="", eta_max="", **changes):
 
 # What all methods share is searched with `cosine`, one change at a time.
 CASES = [case("cosine", 6e-3, bptt=35), case("cosine", 6e-3), case("cosine", 1e-2, bptt=35),
-         case("cosine", 6e-3, bptt=35, beta2=0.99)]
+         case("cosine", 6e-3, bptt=35, beta2=0.99), case("cosine", 3e-3, bptt=35),
+         case("cosine", 4e-3, bptt=35)]
+
+
+def dropout(output, hidden, input, embedding):
+    return dict(dropout_output=output, dropout_hidden=hidden, dropout_input=input, dropout_embedding=embedding)
+
+
+# How much dropout is best depends on the number of epochs: so these are whole.
+CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*its))
+          for its in ((0.5, 0.3, 0.4, 0.1), (0.4, 0.3, 0.3, 0.05))]
 
 
 def arguments(case):
