@@ -10,8 +10,8 @@ Glossary
     name         shape      meaning
     tokens       (n,)       a split as word indices, one <eos> at the end of each line
     inputs       (L, B)     B streams of L = (n - 1) // B tokens, side by side: column b is one piece of text
-    targets      (L, B)     the next token of each input, also across the end of a stream: no prediction is
-                            lost but the remainder, fewer than B
+    targets      (L, B)     the next token of each input; after the last of a stream comes the first of the
+                            next. Fewer than B tokens are left out, at the end
     floor        nats       the entropy rate of `recall`: no model does better; facts has it as a perplexity
 
 Corpora, by name

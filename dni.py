@@ -32,12 +32,12 @@ What happens in chunk k, between the borders k and k + 1:
 In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
 corrected.
 
-The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let S_k be the summed
-loss of chunk k and of all chunks after it: S_k = T B L_k + S_{k+1}. Chunk k acts on S_{k+1} through s_{k+1}.
+The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let R_k be the summed
+loss of chunk k and of all chunks after it: R_k = T B L_k + R_{k+1}. Chunk k acts on R_{k+1} through s_{k+1}.
 (In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
-see experiments/departures.md, at its end.) With δ_k = dS_k/ds_k, the chain rule says
+see experiments/departures.md, at its end.) With δ_k = dR_k/ds_k, the chain rule says
 
-    dS_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k: Eq. 1
+    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k: Eq. 1
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
@@ -45,11 +45,14 @@ Nobody knows δ_{k+1} before all the text is read. So α times g's prediction ta
     gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}
     target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
-The first line trains the model. The second is a TARGET for g, made of T true steps and of
-g's own next prediction. Temporal-difference learning does the same with values. What g has learned about
-border k + 1 enters its target for border k: so credit can travel further back than one chunk. With α < 1
-each chunk further ahead is weighted by another α, so that g's errors shrink on their way back. The paper
-has α = 1, and calls s_1, s_2 and δ_1 here h_T, h_2T and δ_T.
+The first line trains the model. The second is a TARGET for g, made of T true steps and of g's own next
+prediction. Temporal-difference learning does the same with values. What g has learned about border k + 1
+enters its target for border k: so credit can travel further back than one chunk. With α < 1 each chunk
+further ahead is weighted by another α, so that g's errors shrink on their way back. The paper has α = 1.
+While training uses real gradients, both lines lose their last term: g learns from the T true steps alone.
+
+The paper numbers borders by time steps: its h_T and h_2T are s_1 and s_2 here, and its δ_T is both δ_1 and
+target_1. (Its last term of target_1 has the index 2T + 1; we read 2T, the end of the chunk.)
 
 Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
 summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
@@ -82,15 +85,15 @@ class Interface:
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
     list like s, and its memory, or None. optimizer: of g's parameters; None stands for Adam at 1e-4, the best
-    rate on text (experiments/text.py). alpha: the discount α. bptt: K, the borders through which it is
-    taught.
+    rate on text (experiments/text.py). alpha: the discount α. borders: K, through how many of them the error
+    of g is backpropagated.
 
     It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
     from. `agreement` measures predictions against targets.
     """
 
-    def __init__(self, g, optimizer=None, alpha=1.0, bptt=1):
-        self.g, self.alpha, self.bptt = g, alpha, bptt
+    def __init__(self, g, optimizer=None, alpha=1.0, borders=1):
+        self.g, self.alpha, self.borders = g, alpha, borders
         self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-4)
         self.agreement = Agreement()
         self.reset()
@@ -118,14 +121,15 @@ class Interface:
         return self.alpha / tokens * sum((d * c).sum() for d, c in zip(future, s_next))
 
     def predict(self, s):
-        """δ^_k, with a graph for φ over the last `bptt` borders; h_g moves on by one border.
+        """δ^_k, with a graph for φ over the last `borders` borders; h_g moves on by one border.
 
-        g is a recurrent network too, and its time is the count of borders. With bptt = 1 it runs once, on
-        s_k, and nothing teaches it what to write into h_g. With bptt = K it runs again over the last K
-        borders, from the h_g that it had before the first of them. So its error also teaches what to write.
+        g is a recurrent network too, and its time is the count of borders. With borders = 1 it runs once, on
+        s_k: it uses its memory, but nothing teaches it what to write there. With borders = K it runs again
+        over the last K borders, from the h_g that it had before the first of them. So its error also teaches
+        what to write.
         """
-        self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.bptt:]
-        memory = self.past[0][1]
+        self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
+        memory = self.past[0][1]                                        # h_g before the first of them
         for seen, _ in self.past:
             predicted, memory = self.g(seen, memory)
         self.memory = tuple(m.detach() for m in memory) if memory else None
@@ -228,8 +232,9 @@ class NeuronDNI(nn.Module):
             c = c * (1 + self.noise * normal_like(c, self.generator))
         masks = self.rnn.draw(c[None], self.generator)
         memory = self.rnn.zero_state(c[None]) if memory is None else memory
-        d, memory = (self.compiled or self.step)(c, memory, masks)
-        return list(d.view(len(s[0]), -1).split([c.shape[1] for c in s], 1)), memory
+        predicted, memory = (self.compiled or self.step)(c, memory, masks)
+        streams, sizes = len(s[0]), [layer.shape[1] for layer in s]
+        return list(predicted.view(streams, -1).split(sizes, 1)), memory
 
     def step(self, c, memory, masks=None):
         """g at one border. c: (N, 1) -> the synthetic gradients (N,) and the memory after this border."""
@@ -297,7 +302,7 @@ class Agreement:
         cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated
         R²     = 1 - sum (p - t)² / sum t²          1 perfect; 0 as good as predicting zero; below 0, worse
 
-    The sums go over borders, of means over neurons. A target holds g's own next prediction: to agree with it
+    Each border adds its mean over neurons. A target holds g's own next prediction: to agree with it
     is not yet to know the true gradient.
     """
 
@@ -362,9 +367,9 @@ def episodes(steps, B, K=4, fillers=8):
     Only the answer counts: the other targets are -100. (data.py has the same language as a corpus.)
     """
     t = torch.arange(steps)[:, None] + torch.arange(B)                  # each stream starts one step later
-    symbol = torch.randint(K, (steps, B)).gather(0, t // 12 * 12 % steps)
-    inputs = torch.randint(K, K + fillers, (steps, B))
     place = t % 12                                                      # 0: the symbol, 10: the query
+    symbol = torch.randint(K, (steps, B)).gather(0, (t - place) % steps)         # one an episode
+    inputs = torch.randint(K, K + fillers, (steps, B))
     inputs = torch.where((place == 0) | (place == 11), symbol, inputs).masked_fill(place == 10, K + fillers)
     return inputs, symbol.masked_fill(place != 10, -100)
 

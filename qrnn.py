@@ -18,7 +18,7 @@ Glossary
     c          c_t      (T, B, H)      recurrent state: the values of a layer's H neurons
     h          h_t      (T, B, H)      output of a layer
     window     k        -              time steps each gate sees: x_{t-k+1} .. x_t
-    state      s        [(c, x_prev)]  what crosses from one chunk of text to the next, one pair per layer:
+    state      -        [(c, x_prev)]  what crosses from one chunk of text to the next, one pair per layer:
                                        c (B, H) and the last k-1 inputs x_prev (k-1, B, I)
     G          G_t      (T, B, H)      the part of dL/dc_t that comes from the layers above, through h_t
     r          r_t      (T, B, H)      dL/dc_t, all of it: from above and from the future
@@ -223,8 +223,8 @@ class QRNN(nn.Module):
         locked = [None] + [locked_mask(c[None], self.dropout, self.training) for c, _ in state[:-1]]
         stack = self.stack
         if self.compiled and self.training and min(x.shape[:2]) > 1:
-            # torch.compile makes a version of its own for a T or B of 1, and for a state that needs no
-            # gradient. So a size of 1 is not compiled, and every state is made to need one.
+            # torch.compile compiles again for a T or B of 1, and for a state that requires no gradient. So a
+            # size of 1 is left uncompiled, and every state is made to require a gradient.
             stack = self.compiled
             state = [(c if c.requires_grad else c.detach().requires_grad_(), x_prev) for c, x_prev in state]
         h, state = stack(x, state, masks, locked)
@@ -328,7 +328,7 @@ def pool_backward(G: torch.Tensor, G_next: torch.Tensor, f: torch.Tensor, z: tor
     G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
     for t in range(len(r) - 2, -1, -1):
         torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])       # r_t = G_t + f_{t+1} r_{t+1}
-    return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]                   # r first: results lie in memory as it
+    return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]                  # r first: they get its memory layout
 
 
 @pool_forward.register_fake

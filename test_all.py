@@ -233,16 +233,16 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
             # 3. One sum, two derivatives. T B loss is the loss summed over the chunk: g's unit. The product
             #    future . s_{k+1} is there because its derivative in s_{k+1} is `future`. The derivative of
             #    the sum in theta is Eq. 1 (times T B). The derivative in s_k, which the chunk before has
-            #    made, is the bootstrapped target delta_k of section 2.1.
+            #    made, is target_k, the bootstrap of section 2.1.
             everything = T * B * loss + future @ s_next
-            *gradients, delta = torch.autograd.grad(everything, [*theta.values(), s_k])
+            *gradients, target = torch.autograd.grad(everything, [*theta.values(), s_k])
 
             # 4. g learns what its prediction should have been, from all neurons in one update (2.2).
             if phi and start > 0:
-                error = ((guess - delta) ** 2).mean()
+                error = ((guess - target) ** 2).mean()
                 meta_gradients = torch.autograd.grad(error, phi.values())
                 phi = plain_adam(phi, meta_gradients, phi_moments, s.dni_lr, s.dni_l2)
-                guesses, truths = [*guesses, guess.detach()], [*truths, delta]
+                guesses, truths = [*guesses, guess.detach()], [*truths, target]
 
             # 5. The model learns: its gradient, of the mean loss, is clipped. A chunk that is shorter or
             #    longer than T gets its share of the learning rate.
@@ -783,7 +783,7 @@ def test_eq1_holds_for_windows_above_one_when_the_inputs_cross_too():
 
 @pytest.mark.parametrize("alpha", [1.0, 0.1])
 def test_bootstrapped_target(alpha, monkeypatch):
-    """delta_T = dL_{T..2T}/dh_T + (dh_2T/dh_T)^T alpha delta^_2T, in units of one stream's summed loss (2.1).
+    """target = dL_{T..2T}/dh_T + (dh_2T/dh_T)^T alpha delta^_2T, in units of one stream's summed loss (2.1).
 
     The paper's h_T and h_2T are s_1 and s_2 in the code. Left: the target that learn() hands to the
     regression, and what train_step leaves in the border state's .grad. Right: autograd over one graph of 2T

@@ -205,7 +205,7 @@ def perplexity(nll):
 
 def train(place, model, optimizer, schedule, dni, text, valid_tokens, settings, mixed, keeper):
     """Epoch after epoch, from `place` on. The keeper counts them in place.epoch, and may end the training."""
-    def test():
+    def validate():
         """The validation nll, and a row of log.csv."""
         keeper.average_sums()
         valid = evaluate(model, valid_tokens, settings.valid_batch_size, mixed)
@@ -217,15 +217,15 @@ def train(place, model, optimizer, schedule, dni, text, valid_tokens, settings, 
             valid_perplexity=round(perplexity(valid), 3), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
     every = settings.validate_every * len(text[0])                      # in steps
     for _ in range(place.epoch, settings.epochs):
-        tests = place.start // every
+        done = place.start // every
         for _ in train_epoch(place, model, optimizer, schedule, dni, text, settings, mixed):
-            if place.start // every > tests and place.start < len(text[0]):
-                tests = place.start // every
-                keeper.log(test()[1])
+            if place.start // every > done and place.start < len(text[0]):
+                done = place.start // every
+                keeper.log(validate()[1])
             keeper.step_done()
             if keeper.enough:                                           # --max-steps
                 break
-        keeper.epoch_done(*test())
+        keeper.epoch_done(*validate())
         if keeper.enough:
             break
 
@@ -244,11 +244,11 @@ def build(s, vocabulary, device):
         return model, optimizer, None
     # Every mode draws the same dropout masks: g leaves torch's generator as it was, and has its own.
     before, own = machine.random_state(device), torch.Generator(device).manual_seed(s.seed)
-    options = dict(hidden_size=s.dni_hidden, noise=s.dni_noise, last_layer=s.dni_last_layer, generator=own)
+    options = dict(hidden_size=0 if s.dni == "linear" else s.dni_hidden, noise=s.dni_noise,
+                   last_layer=s.dni_last_layer, generator=own)          # 0: one linear map
     if s.dni == "neuron":
         g = NeuronDNI(window=s.dni_window, zoneout=s.dni_zoneout, compile=s.compile, **options)
     else:
-        options["hidden_size"] *= s.dni == "layer"                      # 0 stands for one linear map
         g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], **options)
     machine.set_random_state(before, device)
     g_optimizer = torch.optim.Adam(g.to(device).parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused)
@@ -263,7 +263,7 @@ def main(argv):
     device, mixed = machine.prepare(s.device, s.precision)
     processes.join(device)
     with processes.first_process_first():                               # it may have to download
-        corpus = load_corpus(s.data, s.data_dir or None, delay=s.bptt + 10)          # of recall: a border
+        corpus = load_corpus(s.data, s.data_dir or None, delay=s.bptt + 10)  # recall: beyond a chunk
     text = streams(corpus.train.to(device), s.batch_size, s.bptt)       # (L, B) twice
     valid_tokens, test_tokens = corpus.valid.to(device), corpus.test.to(device)
     streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)  # raise where there is too little

@@ -84,7 +84,7 @@ def one(case, texts=40):
     dnis = {}
     for name, (g, K) in KINDS.items():
         g = g()
-        dnis[name] = Interface(g, torch.optim.Adam(g.parameters(), 3e-3), bptt=K)
+        dnis[name] = Interface(g, torch.optim.Adam(g.parameters(), 3e-3), borders=K)
     agreements, unit = {name: Agreement() for name in dnis}, None
     for n, (x, y) in enumerate(zip(inputs[read:].split(length), targets[read:].split(length))):
         passed = recall.future_gradients(model, x, y)                   # lists of one (B, H)

@@ -102,7 +102,7 @@ class Every(Interface):
             target = [tokens * c.grad for c in s]
             self.agreement.update(predicted, target)
             self.errors.append(nn.functional.mse_loss(joined(predicted), joined(target)))
-        if len(self.errors) == self.bptt:
+        if len(self.errors) == self.borders:
             self.optimizer.zero_grad(set_to_none=True)
             (sum(self.errors) / len(self.errors)).backward()
             self.optimizer.step()
