@@ -33,8 +33,9 @@ CASES = [case("cosine", 6e-3, bptt=35), case("cosine", 6e-3), case("cosine", 1e-
          case("cosine", 4e-3, bptt=35)]
 
 
-def dropout(output, hidden, input, embedding):
-    return dict(dropout_output=output, dropout_hidden=hidden, dropout_input=input, dropout_embedding=embedding)
+def dropout(*rates):
+    """Of the output, between layers, of the input, of whole words."""
+    return dict(zip([name for name in SHARED if name.startswith("dropout")], rates, strict=True))
 
 
 # How much dropout is best depends on the number of epochs: so these are whole.
