@@ -78,12 +78,15 @@ def steps():
     arrow(axis, (5.98, y - 0.1), (5.12, y - 0.1), RED)
     box(axis, border, 0.85, "g", width=0.9, height=0.46, colour=BLUE, size=13)
     arrow(axis, (4.78, y), (4.78, 1.11), BLUE)
-    axis.text(4.72, 1.62, "sees", color=BLUE, fontsize=10, ha="right", va="center")
+    axis.text(4.74, 1.62, "sees", color=BLUE, fontsize=10, ha="right", va="center")
     arrow(axis, (9.9, y - 0.1), (9.42, y - 0.1), BLUE)
     axis.text(9.66, y - 0.3, "$\\alpha\\,\\hat\\delta_{k+2}$", color=BLUE, fontsize=10, ha="center",
               va="center")
-    axis.plot([4.53, 4.4, 4.4], [0.85, 0.85, y - 0.1], color=BLUE, linewidth=1.4)
-    arrow(axis, (4.4, y - 0.1), (4.02, y - 0.1), BLUE)
+    arrow(axis, (3.5, 0.7), (4.53, 0.7), BLUE)
+    arrow(axis, (5.47, 0.7), (6.5, 0.7), BLUE)
+    axis.text(6.6, 0.7, "memory $h_g$, from border to border", color=BLUE, fontsize=10, va="center")
+    axis.plot([4.53, 4.34, 4.34], [0.95, 0.95, y - 0.1], color=BLUE, linewidth=1.4)
+    arrow(axis, (4.34, y - 0.1), (4.02, y - 0.1), BLUE)
     axis.text(4.25, 1.2, "2  synthesise: $\\alpha\\,\\hat\\delta_{k+1}$ goes into\n"
                          "the backward pass of chunk k", color=BLUE, fontsize=10, ha="right", va="center")
     arrow(axis, (5.28, y - 0.14), (5.28, 1.11), RED)
