@@ -39,8 +39,8 @@ def dropout(*rates):
 
 
 # How much dropout is best depends on the number of epochs: so these are whole.
-CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*its))
-          for its in ((0.5, 0.3, 0.4, 0.1), (0.4, 0.3, 0.3, 0.05), (0.4, 0.2, 0.2, 0.0), (0.3, 0.1, 0.1, 0.0))]
+CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*rates)) for rates in (
+    (0.5, 0.3, 0.4, 0.1), (0.4, 0.3, 0.3, 0.05), (0.4, 0.2, 0.2, 0.0), (0.3, 0.1, 0.1, 0.0))]
 
 
 def arguments(case):
