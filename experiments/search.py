@@ -15,7 +15,7 @@ import study
 
 SEED = 42
 SHARED = dict(bptt=70, beta2=0.999, dropout_output=0.4, dropout_hidden=0.2, dropout_input=0.2,
-              dropout_embedding=0.0)
+              dropout_embedding=0.0, num_layers=2, l2=1.2e-6)
 
 
 def case(method, lr, epochs=5, data="ptb", e_base="", eta_max="", **changes):
@@ -41,6 +41,13 @@ def dropout(*rates):
 # How much dropout is best depends on the number of epochs: so these are whole.
 CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*rates)) for rates in (
     (0.5, 0.3, 0.4, 0.1), (0.4, 0.3, 0.3, 0.05), (0.4, 0.2, 0.2, 0.0), (0.3, 0.1, 0.1, 0.0))]
+
+
+CASES += [case("cosine", 6e-3, bptt=35, num_layers=3), case("cosine", 6e-3, bptt=35, l2=1e-5)]
+CASES += [case("alternating", 3e-3, 15, "pydoc", 1.0), case("alternating", 6e-3, 15, "pydoc", 1.0, bptt=35),
+          case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35),
+          case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35, **dropout(0.3, 0.1, 0.1, 0.0))]
+CASES += [case("bptt", rate, bptt=35) for rate in (2e-3, 3e-3)]
 
 
 def arguments(case):
