@@ -27,26 +27,24 @@ def case(method, lr, epochs=5, data="ptb", e_base="", eta_max="", **changes):
                 **{**SHARED, **changes})
 
 
-# What all methods share is searched with `cosine`, one change at a time.
-CASES = [case("cosine", 6e-3, bptt=35), case("cosine", 6e-3), case("cosine", 1e-2, bptt=35),
-         case("cosine", 6e-3, bptt=35, beta2=0.99), case("cosine", 3e-3, bptt=35),
-         case("cosine", 4e-3, bptt=35)]
-
-
 def dropout(*rates):
     """Of the output, between layers, of the input, of whole words."""
     return dict(zip([name for name in SHARED if name.startswith("dropout")], rates, strict=True))
 
 
+# What all methods share is searched with `cosine`, one change at a time.
+CASES = [case("cosine", 6e-3, bptt=35), case("cosine", 6e-3), case("cosine", 1e-2, bptt=35),
+         case("cosine", 6e-3, bptt=35, beta2=0.99), case("cosine", 3e-3, bptt=35),
+         case("cosine", 4e-3, bptt=35), case("cosine", 6e-3, bptt=35, num_layers=3),
+         case("cosine", 6e-3, bptt=35, l2=1e-5)]
 # How much dropout is best depends on the number of epochs: so these are whole.
 CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*rates)) for rates in (
     (0.5, 0.3, 0.4, 0.1), (0.4, 0.3, 0.3, 0.05), (0.4, 0.2, 0.2, 0.0), (0.3, 0.1, 0.1, 0.0))]
-
-
-CASES += [case("cosine", 6e-3, bptt=35, num_layers=3), case("cosine", 6e-3, bptt=35, l2=1e-5)]
+# What `python train.py` does.
 CASES += [case("alternating", 3e-3, 15, "pydoc", 1.0), case("alternating", 6e-3, 15, "pydoc", 1.0, bptt=35),
           case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35),
           case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35, **dropout(0.3, 0.1, 0.1, 0.0))]
+# The rate of each method.
 CASES += [case("bptt", rate, bptt=35) for rate in (2e-3, 3e-3)]
 
 
