@@ -1864,8 +1864,11 @@ def test_a_run_goes_on_in_another_folder(corpus, tmp_path):
     assert "already holds a training" in bad_input("--resume", old, "--epochs", 3, "--out", new)
 
 
+GLOO = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
+
+
 @SLOW
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
+@GLOO
 def test_two_processes_are_one(corpus, tmp_path):
     """Without dropout, N processes do what one does, to float32 rounding.
 
@@ -1900,6 +1903,23 @@ def test_two_processes_are_one(corpus, tmp_path):
             assert log != log_one and len({tuple(own["cpu"].tolist()) for own in weights["random"]}) == 2
             valid, valid_one = (float(lines[-1].split(",")[5]) for lines in (log, log_one))
             assert valid == pytest.approx(valid_one, rel=0.15)             # another seed makes as much
+
+
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=[SLOW, GLOO])])
+def test_how_often_is_saved_changes_nothing(processes, corpus, tmp_path):
+    """Saved after each step, after none, or resumed: the sums of an epoch are the same to the last bit."""
+    arguments = ["--data", corpus, *TINY, "--mode", "dni", "--lr", 0.02]
+    for how in (["--checkpoint-every", 0, "--max-steps", 45, "--out", tmp_path / "often"],
+                ["--checkpoint-every", 60, "--max-steps", 45, "--out", tmp_path / "never"],
+                ["--checkpoint-every", 60, "--max-steps", 40, "--out", tmp_path / "resumed"],
+                ["--resume", tmp_path / "resumed", "--max-steps", 5]):
+        run = program(*(arguments if "--resume" not in how else []), *how, processes=processes)
+        assert run.returncode == 0, run.stderr
+    often, *others = (torch.load(tmp_path / name / "last.pt", weights_only=True)["sums"]
+                      for name in ("often", "never", "resumed"))
+    assert len(often) == (processes or 1)                               # own sums of every process
+    for sums in others:
+        close(sums, often, atol=0, rtol=0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")

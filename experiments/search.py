@@ -15,7 +15,8 @@ import study
 
 SEED = 42
 SHARED = dict(bptt=70, beta2=0.999, dropout_output=0.4, dropout_hidden=0.2, dropout_input=0.2,
-              dropout_embedding=0.0, num_layers=2, l2=1.2e-6)
+              dropout_embedding=0.0, num_layers=2, l2=1.2e-6, embedding_size=256, hidden_size=512,
+              dropout_weight=0.0, zoneout=0.0, batch_size=20)
 
 
 def case(method, lr, epochs=5, data="ptb", e_base="", eta_max="", **changes):
@@ -29,7 +30,7 @@ def case(method, lr, epochs=5, data="ptb", e_base="", eta_max="", **changes):
 
 def dropout(*rates):
     """Of the output, between layers, of the input, of whole words."""
-    return dict(zip([name for name in SHARED if name.startswith("dropout")], rates, strict=True))
+    return dict(zip(list(SHARED)[2:6], rates, strict=True))
 
 
 # What all methods share is searched with `cosine`, one change at a time.
@@ -40,10 +41,14 @@ CASES = [case("cosine", 6e-3, bptt=35), case("cosine", 6e-3), case("cosine", 1e-
 # How much dropout is best depends on the number of epochs: so these are whole.
 CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*rates)) for rates in (
     (0.5, 0.3, 0.4, 0.1), (0.4, 0.3, 0.3, 0.05), (0.4, 0.2, 0.2, 0.0), (0.3, 0.1, 0.1, 0.0))]
+# So are other sizes, with fewer epochs in the same time, and other regularisation.
+LIGHT = dropout(0.3, 0.1, 0.1, 0.0)
+CASES += [case("cosine", 6e-3, 15, **LIGHT, l2=1e-5),
+          case("cosine", 6e-3, 8, bptt=35, embedding_size=400, hidden_size=800)]
 # What `python train.py` does.
 CASES += [case("alternating", 3e-3, 15, "pydoc", 1.0), case("alternating", 6e-3, 15, "pydoc", 1.0, bptt=35),
           case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35),
-          case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35, **dropout(0.3, 0.1, 0.1, 0.0))]
+          case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35, **LIGHT)]
 # The rate of each method.
 CASES += [case("bptt", rate, bptt=35) for rate in (2e-3, 3e-3)]
 

@@ -82,7 +82,10 @@ class Keeper:
         self.best, self.rows, self.seconds = content["best"], content["rows"], content["seconds"]
         for (thing, name), value in zip(self.divided, content["divided"]):
             setattr(thing, name, processes.own_share(value, self.device))
-        for (thing, name), value in zip(self.sums, content["sums"]):
+        same = len(content["sums"]) == self.processes                   # else each goes on from the mean
+        for i, (thing, name) in enumerate(self.sums):
+            values = [sums[i] for sums in content["sums"]]
+            value = values[self.rank] if same else sum(values) / len(values)
             setattr(thing, name, processes.each(lambda t: t.to(self.device), value))
         if self.rank < len(content["random"]):                          # there may be more processes now
             machine.set_random_state(content["random"][self.rank], self.device, self.generators)
@@ -91,14 +94,13 @@ class Keeper:
     def save(self):
         """Write last.pt: all that `take_up` needs. The processes meet here. May raise NotFinite instead."""
         self.check_weights()
-        self.average_sums()
-        mine = [getattr(thing, name) for thing, name in self.divided]
-        states, randoms = zip(*processes.gathered((mine, machine.random_state(self.device, self.generators))))
+        random = machine.random_state(self.device, self.generators)
+        mine = *([getattr(thing, name) for thing, name in them] for them in (self.divided, self.sums)), random
+        states, sums, randoms = zip(*processes.gathered(mine))
         apart = [name for thing, name in [*self.divided, *self.sums] if thing is self.place]
         self.keep("last.pt", "previous.pt", random=randoms, divided=processes.side_by_side(states),
-                  sums=[getattr(thing, name) for thing, name in self.sums],
                   place={name: value for name, value in vars(self.place).items() if name not in apart},
-                  best=self.best, rows=self.rows, seconds=self.elapsed(),
+                  sums=sums, best=self.best, rows=self.rows, seconds=self.elapsed(),
                   **{name: part.state_dict() for name, part in self.parts.items()})
         self.saved = time.monotonic()
 
