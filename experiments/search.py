@@ -44,13 +44,24 @@ CASES += [case("cosine", 6e-3, 15, bptt=35, **dropout(*rates)) for rates in (
 # So are other sizes, with fewer epochs in the same time, and other regularisation.
 LIGHT = dropout(0.3, 0.1, 0.1, 0.0)
 CASES += [case("cosine", 6e-3, 15, **LIGHT, l2=1e-5),
-          case("cosine", 6e-3, 8, bptt=35, embedding_size=400, hidden_size=800)]
+          case("cosine", 6e-3, 8, bptt=35, embedding_size=400, hidden_size=800),
+          case("cosine", 6e-3, 15, **LIGHT, l2=3e-5),
+          case("cosine", 6e-3, 8, embedding_size=400, hidden_size=800, l2=2e-5)]
 # What `python train.py` does.
 CASES += [case("alternating", 3e-3, 15, "pydoc", 1.0), case("alternating", 6e-3, 15, "pydoc", 1.0, bptt=35),
           case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35),
-          case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35, **LIGHT)]
-# The rate of each method.
+          case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35, **LIGHT),
+          case("alternating", 6e-3, 15, "pydoc", 5.0, l2=1e-5),
+          case("alternating", 6e-3, 15, "pydoc", 5.0, **LIGHT, l2=1e-5)]
+# The rate of each method. Of 15 epochs, E_base is 5, 1 or 15/7: two, four or three runs.
 CASES += [case("bptt", rate, bptt=35) for rate in (2e-3, 3e-3)]
+RECIPE = dict(LIGHT, l2=1e-5)
+CASES += [case("restart", 6e-3, e_base=1.6667, **RECIPE), case("restart", 6e-3, e_base=0.3333, **RECIPE),
+          case("restart", 6e-3, e_base=0.7143, **RECIPE), case("restart", 1e-2, e_base=1.6667, **RECIPE)]
+CASES += [case("bptt", rate, **RECIPE) for rate in (3e-3, 4e-3)]
+CASES += [case("alternating", 6e-3, e_base=1.6667, **RECIPE), case("restart", 4e-3, e_base=1.6667, **RECIPE)]
+CASES += [case("bptt", rate, **RECIPE) for rate in (2e-3, 6e-3)]
+CASES += [case("dni", rate, **RECIPE) for rate in (3e-3, 4e-3)]
 
 
 def arguments(case):
