@@ -46,7 +46,10 @@ LIGHT = dropout(0.3, 0.1, 0.1, 0.0)
 CASES += [case("cosine", 6e-3, 15, **LIGHT, l2=1e-5),
           case("cosine", 6e-3, 8, bptt=35, embedding_size=400, hidden_size=800),
           case("cosine", 6e-3, 15, **LIGHT, l2=3e-5),
-          case("cosine", 6e-3, 8, embedding_size=400, hidden_size=800, l2=2e-5)]
+          case("cosine", 6e-3, 8, embedding_size=400, hidden_size=800, l2=2e-5),
+          case("cosine", 6e-3, 15, **LIGHT, l2=1e-5, zoneout=0.1),
+          case("cosine", 6e-3, 15, **dropout(0.3, 0.1, 0.1, 0.1), l2=1e-5),
+          case("cosine", 6e-3, 15, **LIGHT, l2=5e-6), case("cosine", 6e-3, 15, l2=5e-6)]
 # What `python train.py` does.
 CASES += [case("alternating", 3e-3, 15, "pydoc", 1.0), case("alternating", 6e-3, 15, "pydoc", 1.0, bptt=35),
           case("alternating", 6e-3, 15, "pydoc", 5.0, bptt=35),
