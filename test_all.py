@@ -1651,7 +1651,7 @@ def test_the_rate_follows_the_chunk_and_the_cosine():
     assert len({steps for steps, *_ in chunks}) > 3
     for steps, rate, used, _ in chunks:
         assert rate == train.SMALL.lr and used == pytest.approx(rate * steps / 20)
-    chunks = epoch_of(mode="restart")[2]
+    chunks = epoch_of(mode="restart", e_base=1.0, lr=3e-3)[2]
     assert [rate for _, rate, *_ in chunks] == [used for *_, used, _ in chunks]
     cosine = [1.5e-3 * (1 + math.cos(math.pi * k / 20)) for k in range(20)]
     assert [rate for _, rate, *_ in chunks] == pytest.approx(cosine)
@@ -1674,7 +1674,8 @@ def test_the_step_gets_what_the_run_says(monkeypatch):
 
 
 @pytest.mark.parametrize("part, mode, says", [
-    ("model", "alternating", "the loss"), ("gradient", "bptt", "the loss"), ("g", "alternating", "the loss"),
+    ("model", "alternating", "the loss"), ("gradient", "bptt", "the loss"),
+    ("g", "alternating --e-base 1", "the loss"),
     ("last gradient", "bptt", "the validation loss"), ("g", "dni --dni-warmup 9", "a weight of dni")])
 def test_what_is_not_finite_is_never_saved(part, mode, says, corpus, tmp_path, monkeypatch):
     """A loss, a gradient of a finite loss, or a g, used or not, gone to infinity ends the training.
@@ -1814,7 +1815,7 @@ def log_of(folder):
 def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
     """Interrupted within an epoch and resumed, a training logs and tests as a straight one, bit for bit."""
     noise = [] if mode in (["bptt"], ["restart"]) else ["--dni-hidden", 5, "--dni-noise", 0.5]
-    noise += ["--dni-bptt", 3] if mode[0] == "dni" else []
+    noise += {"dni": ["--dni-bptt", 3], "alternating": ["--e-base", 1]}.get(mode[0], [])
     arguments = ["--data", corpus, "--mode", *mode, *TINY, *noise, "--jitter", "--lr", "0.02"]
     straight = program(*arguments, "--epochs", 4, "--out", tmp_path / "straight")
     assert straight.returncode == 0, straight.stderr

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-MODES = (["bptt"], ["dni"], ["restart", "--gradient", "synthetic"], ["alternating"])
+MODES = (["bptt"], ["dni"], ["restart", "--gradient", "synthetic"], ["alternating", "--e-base", 1])
 SMALL = ["--hidden-size", 24, "--embedding-size", 16, "--batch-size", 4, "--bptt", 10, "--jitter",
          "--valid-batch-size", 2, "--epochs", 7, "--checkpoint-every", 0.005, "--device", "cpu"]
 
@@ -149,7 +149,7 @@ def full_disk(work, corpus, limit):
     With room again, the same end.
     """
     folder = work / f"full-{limit}"
-    train("--data", corpus, "--mode", "alternating", *SMALL, "--out", folder, "--max-steps", 50)
+    train("--data", corpus, "--mode", *MODES[-1], *SMALL, "--out", folder, "--max-steps", 50)
     before = (folder / "last.pt").read_bytes()
     again = train("--resume", folder, limit=limit)
     unharmed = (folder / "last.pt").read_bytes() == before and not list(folder.glob("*.partial"))
