@@ -1,4 +1,4 @@
-"""Which settings suit which method? One seed, a third of preset small's 15 epochs or all of them.
+"""Which settings suit which method? One seed, at most what 15 epochs of preset small cost, or a third of it.
 
     python experiments/search.py                      every case below that its log lacks
     python experiments/search.py --methods cosine     those of one method
@@ -28,9 +28,9 @@ def case(method, lr, epochs=5, data="ptb", e_base="", eta_max="", **changes):
                 **{**SHARED, **changes})
 
 
-def dropout(*rates):
-    """Of the output, between layers, of the input, of whole words."""
-    return dict(zip(list(SHARED)[2:6], rates, strict=True))
+def dropout(output, hidden, input, embedding):
+    return dict(dropout_output=output, dropout_hidden=hidden, dropout_input=input,
+                dropout_embedding=embedding)
 
 
 # What all methods share is searched with `cosine`, one change at a time.
