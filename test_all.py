@@ -1774,6 +1774,16 @@ def test_presets_are_the_papers():
     assert (wt2.dropout_hidden, wt2.clip) == (0.2, 0.25) and (out, resume) == (None, None)
 
 
+def test_a_mode_has_its_recipe():
+    """At preset small a constant rate is lower. It is a default: a flag overrides it."""
+    bptt, dni, restart, alternating = (parsed("--mode", mode, "--data", "ptb")[0].lr
+                                       for mode in ("bptt", "dni", "restart", "alternating"))
+    assert bptt == dni < restart == alternating == parsed()[0].lr
+    assert parsed("--mode", "dni", "--lr", "0.5")[0] == dataclasses.replace(train.SMALL, mode="dni", lr=0.5)
+    assert parsed("--data", "dni")[0].lr == train.SMALL.lr
+    assert parsed("--preset", "paper", "--mode", "bptt")[0].lr == train.PAPER.lr
+
+
 # ---------------------------------------------------------------------------------- 11. train.py as a program
 
 TINY = ["--hidden-size", "12", "--embedding-size", "8", "--batch-size", "4", "--bptt", "10",
@@ -2632,6 +2642,9 @@ def test_the_tables_say_what_a_hand_would(studies):
     text = report.methods([rows, [], []])
     assert "|truncated BPTT|62.78|2|10.00 ± 1.41||5.00 ± 1.41|2|" in text
     assert "|neuron-wise DNI|62.42|2|0.75 ± 0.35|truncated BPTT: -9.25 ± 1.77|3.00 ± 1.41|2|" in text
+    table = report.methods_table(rows, report.having(rows, seed="2"))
+    assert "|truncated BPTT|62.78|72.6|10.00 ± 1.41||2|11.00|" in table
+    assert "|neuron-wise DNI|62.42|72.37|0.75 ± 0.35|-9.25 ± 1.77 from truncated BPTT|2|0.50|" in table
     bits = {("bptt", "", "0"): 3.1, ("full", "", "0"): 2.1, ("linear", "0.1", "0"): 2.5,
             ("bptt", "", "1"): 3.0, ("full", "", "1"): 2.0, ("linear", "0.1", "1"): 2.5,
             ("bptt", "", "2"): 3.5, ("full", "", "2"): 2.5, ("linear", "0.1", "2"): 2.7,

@@ -322,25 +322,25 @@ class Settings:
     hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)", COUNT)
     num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)", COUNT)
     window: int = setting(2, "words the first QRNN layer sees, the others see 1 (AWD's QRNN)", COUNT)
-    dropout_output: float = setting(0.4, "on the last output, locked; the paper: 0.4 (AWD 4.2)", SHARE)
-    dropout_hidden: float = setting(0.2, "between layers; the paper: 0.3, WT2 0.2 (AWD 4.2)", SHARE)
-    dropout_input: float = setting(0.2, "on embedded words, locked; the paper: 0.4 (AWD 4.2)", SHARE)
+    dropout_output: float = setting(0.3, "on the last output, locked; the paper: 0.4 (AWD 4.2)", SHARE)
+    dropout_hidden: float = setting(0.1, "between layers; the paper: 0.3, WT2 0.2 (AWD 4.2)", SHARE)
+    dropout_input: float = setting(0.1, "on embedded words, locked; the paper: 0.4 (AWD 4.2)", SHARE)
     dropout_embedding: float = setting(0.0, "of whole words; the paper: 0.1 (AWD 4.3)", SHARE)
     dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)", SHARE)
     zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)", SHARE)
     activation: float = setting(2.0, "activation regularisation, alpha in AWD 4.6", FROM_0)
     temporal: float = setting(1.0, "temporal activation regularisation, beta in AWD 4.6", FROM_0)
     # Optimisation.
-    lr: float = setting(3e-3, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
+    lr: float = setting(6e-3, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
                         POSITIVE, (lambda s: s.mode not in SGDR_MODES or not s.eta_max, "no --eta-max"))
     beta2: float = setting(0.999, "of Adam; its β1 is 0.9 (Adam's default)", SHARE)
-    l2: float = setting(1.2e-6, "weight decay added to the gradient (AWD's code)", FROM_0)
+    l2: float = setting(5e-6, "weight decay added to the gradient; the paper: 1.2e-6 (AWD's code)", FROM_0)
     clip: float = setting(0.25, "largest norm of the gradient; authors' code: 0.2, WT2 0.25", ABOVE_0)
     batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", COUNT)
     bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", COUNT)
     jitter: bool = setting(False, "T from N(bptt, 5), 1 in 20 N(bptt/2, 5), the rate to scale (AWD 4.1)")
     # Restarts.
-    e_base: float = setting(1.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2); authors: 5",
+    e_base: float = setting(5.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2, authors' code)",
                             (lambda x: 1e-6 <= x < math.inf, "at least 1e-6"),
                             (lambda s: s.mode in SGDR_MODES and not s.restarts, "them, without --restarts"))
     restarts: tuple[float, ...] = setting((), "restart at these epochs; authors' code: 5 10 20 40 80 160 320",
@@ -386,13 +386,14 @@ class Settings:
                 raise UserError(f"--eta-min must be at most --eta-max, or else --lr, in run {i}")
 
 
-SMALL = Settings()                                                      # for two CPU cores
+SMALL, CONSTANT = Settings(), Settings(lr=3e-3)                # for two CPU cores; where the rate is constant
 PAPER = dataclasses.replace(
     SMALL, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4, dropout_output=0.4,
-    dropout_hidden=0.3, dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, clip=0.2,
-    bptt=200, jitter=True, e_base=5.0, dni_alpha=1.0)
+    dropout_hidden=0.3, dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, l2=1.2e-6,
+    clip=0.2, bptt=200, jitter=True, e_base=5.0, dni_alpha=1.0)
 PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
-PRESETS = {"small": SMALL, "paper": PAPER, "paper wt2": PAPER_WT2}
+PRESETS = {"small": SMALL, "small --mode bptt": CONSTANT, "small --mode dni": CONSTANT,
+           "paper": PAPER, "paper --data wt2": PAPER_WT2}
 
 
 if __name__ == "__main__":

@@ -332,24 +332,38 @@ def chosen(rows, data, method):
     return having(mine, lr=min(first, key=lambda row: float(row["valid_perplexity"]))["lr"]) if mine else []
 
 
+def by_method(rows):
+    """{method: (test perplexities, their differences from its counterpart's, the trainings' last rows)}.
+
+    A training is compared with that of its counterpart (COUNTERPART) that has the same seed.
+    """
+    ends_of, found = groups(last_of(rows, "method", "seed"), "method"), {}
+    tests = {method: dict(zip((row["seed"] for row in last), numbers(last, "test_perplexity")))
+             for (method,), last in ends_of.items()}
+    for method in (name for name in NAMES if name in tests):
+        other = tests.get(COUNTERPART.get(method), {})
+        less = [value - other[seed] for seed, value in tests[method].items() if seed in other]
+        found[method] = list(tests[method].values()), less, ends_of[method,]
+    return found
+
+
+def minutes(last):
+    return f"{statistics.mean(numbers(last, 'seconds')) / 60:.0f}"
+
+
 def methods(logs):
     """The paper's methods, a table for each of the logs [rows]."""
     text = []
     for rows in filter(None, logs):
-        data, lines, tests = rows[0]["data"], [], {}
-        for (method, seed), its in groups(rows, "method", "seed").items():
-            tests.setdefault(method, {})[seed] = float(its[-1]["test_perplexity"])
-        for method in (name for name in NAMES if name in tests):
-            mine, last = having(rows, method=method), last_of(having(rows, method=method), "seed")
-            other = tests.get(COUNTERPART.get(method), {})
-            less = [value - other[seed] for seed, value in tests[method].items() if seed in other]
-            valid = [min(numbers(its, "valid_perplexity")) for its in groups(mine, "seed").values()]
+        data, lines = rows[0]["data"], []
+        for method, (tests, less, last) in by_method(rows).items():
+            mine = groups(having(rows, method=method), "seed").values()
+            valid = [min(numbers(its, "valid_perplexity")) for its in mine]
             lines.append([NAMES[method], PUBLISHED.get((data, method), "-"), len(last),
-                          spread(list(tests[method].values()), alone=""),
+                          spread(tests, alone=""),
                           f"{NAMES[COUNTERPART[method]]}: {spread(less, alone='')}" if less else "",
-                          spread(valid, alone=""),
-                          f"{statistics.mean(numbers(last, 'seconds')) / 60:.0f}"])
-        text.append(f"**{data}**, {mine[-1]['epoch']} epochs\n\n" + table(
+                          spread(valid, alone=""), minutes(last)])
+        text.append(f"**{data}**, {last[-1]['epoch']} epochs\n\n" + table(
             ["method", "test: the paper", "seeds", "test: here", "difference from, same seed",
              "best validation", "minutes"], lines))
     return "\n".join(text)
@@ -428,7 +442,9 @@ def small_ptb():
 
 def readme_tables(logs):
     """The tables of README.md, {name: text}."""
-    return {"methods": methods_table(logs[EARLIER]), "text": gains_table(logs["text"])}
+    ptb, wt2 = logs[METHODS[0]], logs[METHODS[1]]
+    return {"methods": methods_table(ptb, wt2) if ptb else earlier_table(logs[EARLIER]),
+            "text": gains_table(logs["text"])}
 
 
 def gains_table(rows):
@@ -442,8 +458,20 @@ def gains_table(rows):
     return table(["bits saved per character", *(f"T = {T}" for T in lengths)], lines)
 
 
-def methods_table(rows):
+def methods_table(ptb, wt2):
     """The paper's methods, from the rows of reproduce.py at scale small."""
+    found, other, lines = by_method(ptb), by_method(wt2), []
+    for method, (tests, less, last) in found.items():
+        beside = f"{spread(less, alone='')} from {NAMES[COUNTERPART[method]]}" if less else ""
+        lines.append([NAMES[method], *(PUBLISHED.get((data, method), "-") for data in ("ptb", "wt2")),
+                      spread(tests, alone=""), beside, minutes(last),
+                      spread(other[method][0], alone="") if method in other else "-"])
+    return table(["test perplexity", "paper: PTB", "paper: WT2", "here: PTB", "difference, same seed",
+                  "minutes", "here: WT2"], lines)
+
+
+def earlier_table(rows):
+    """The paper's methods, from the rows of the earlier study."""
     lines = []
     for method in ("bptt", "dni", "restart", "dni-restart", "alternating"):
         ours = numbers(last_of(chosen(rows, "ptb", method), "seed"), "test_perplexity")

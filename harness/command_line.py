@@ -62,16 +62,19 @@ def flag(name):
 def parse(argv, presets, read_settings, description):
     """Command line -> (settings, output folder or None, folder to resume from or None). Raises UserError.
 
-    presets: {name: settings that the flags given are put on}, the first by default; a preset of its own for a
-    corpus is named "NAME CORPUS". read_settings(folder, settings): those of the training in a folder, as a
-    dictionary. The settings class has fields made by `setting`, one of them data, a tuple MAY_CHANGE of those
-    that may change when a training is resumed, and a method check, which raises UserError where its fields
-    contradict each other.
+    presets: {name: settings that the flags given are put on}, the first by default; one of its own for a
+    corpus or a mode is named "NAME --data CORPUS" or "NAME --mode MODE". read_settings(folder, settings):
+    those of the training in a folder, as a dictionary. The settings class has fields made by `setting`, data
+    and mode among them, a tuple MAY_CHANGE of those that may change when a training is resumed, and a method
+    check, which raises UserError where its fields contradict each other.
     """
     plain, names = next(iter(presets.values())), [name for name in presets if " " not in name]
     fields = dataclasses.fields(plain)
     parser = Parser(description=description.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=names, help=f"settings to begin with [{names[0]}]")
+    parser.add_argument("--preset", choices=names, help="\n".join(
+        [f"settings to begin with [{names[0]}]", *(
+            f"{name}: {differences(settings, presets[name.split()[0]])}"
+            for name, settings in presets.items() if name not in names)]))
     parser.add_argument("--out", metavar="FOLDER",
                         help="for log.csv and the checkpoints; default: a new one, or the one resumed from")
     parser.add_argument("--resume", metavar="FOLDER",
@@ -96,13 +99,21 @@ def parse(argv, presets, read_settings, description):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if resume is None:
         name = name or names[0]
-        settings = dataclasses.replace(presets.get(f"{name} {given.get('data')}", presets[name]), **given)
+        special = (f"{name} --{by} {given.get(by)}" for by in ("data", "mode"))
+        preset = next((presets[own] for own in special if own in presets), presets[name])
+        settings = dataclasses.replace(preset, **given)
     else:
         if name:
             raise UserError("--resume goes on with its own settings: leave --preset away")
         settings = resumed(plain, read_settings(Path(resume), plain), given, resume)
     check(settings, given)
     return settings, *(folder and Path(folder) for folder in (out or resume, resume))
+
+
+def differences(settings, others):
+    """The flags that stand for `settings` beside `others`."""
+    return " ".join(f"{flag(f.name)} {getattr(settings, f.name)}" for f in dataclasses.fields(settings)
+                    if getattr(settings, f.name) != getattr(others, f.name))
 
 
 def resumed(settings, before, given, folder):
