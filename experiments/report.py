@@ -412,18 +412,22 @@ def differences_and_search(rows):
 
 def searched(rows):
     """The best validation perplexity of each case of search.py."""
-    from search import SHARED
-    lines = []
+    from search import SHARED, dropout
+    four, usual, lines = dropout(0, 0, 0, 0), {name: str(value) for name, value in SHARED.items()}, []
+
+    def shared(case):
+        dropouts = "dropouts " + ", ".join(case[name] for name in four)
+        return [dropouts, *(f"{name} {case[name]}" for name in SHARED if name not in four)]
     for its in groups(rows, "data", "method", "epochs", "lr", "e_base", "eta_max", *SHARED).values():
         best = min(its, key=lambda row: float(row["valid_perplexity"]))
-        besides = [f"{name} {best[name]}" for name, usual in SHARED.items() if best[name] != str(usual)]
-        besides += [f"{name} {best[name]}" for name in ("e_base", "eta_max") if best[name]]
+        besides = [f"{name} {best[name]}" for name in ("e_base", "eta_max") if best[name]]
+        besides += [what for what in shared(best) if what not in shared(usual)]
         lines.append([best["data"], best["epochs"], NAMES[best["method"]], best["lr"], ", ".join(besides),
                       *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
     lines.sort(key=lambda line: (line[0], int(line[1]), list(NAMES.values()).index(line[2]), float(line[5])))
-    usual = ", ".join(f"{name} {value}" for name, value in SHARED.items())
-    return (f"Perplexity of validation and training text (the latter with dropout) at the best epoch. Where "
-            f"nothing else is said: {usual}.\n\n"
+    return ("Perplexity of validation and training text (the latter with dropout) at the best epoch. Where "
+            f"nothing else is said: {', '.join(shared(usual))}. (Dropouts: of the last output, between "
+            "layers, of embedded words, of whole words.)\n\n"
             + table(["text", "epochs", "method", "rate", "besides", "validation", "training"], lines))
 
 
@@ -434,9 +438,10 @@ def small_ptb():
         rows, tested = study.read(folder / "log.csv"), (folder / "stdout.txt").read_text().split()[-1]
         of_g = (rows[-1][name].replace("nan", "") for name in ("dni_cosine", "dni_r2"))
         lines.append([f"`{mode}`", f"{min(numbers(rows, 'valid_perplexity')):.2f}", tested, *of_g])
-    return ("One training of each mode, `python train.py --mode MODE --data ptb --dni-alpha 0.1`, 15 epochs. "
-            "The best validation perplexity, and cosine and R² of g with its targets in the last epoch. The "
-            "learning rate and the dropout were picked in six short pilots that are not logged.\n\n"
+    return ("One training of each mode, `python train.py --mode MODE --data ptb --dni-alpha 0.1`, 15 epochs, "
+            "with the defaults before the search. The best validation perplexity, and cosine and R² of g with "
+            "its targets in the last epoch. The "
+            "learning rate and the dropout had been picked in six short pilots that are not logged.\n\n"
             + table(["mode", "validation", "test", "cosine", "R²"], lines))
 
 
