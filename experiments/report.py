@@ -439,8 +439,8 @@ def small_ptb():
         of_g = (rows[-1][name].replace("nan", "") for name in ("dni_cosine", "dni_r2"))
         lines.append([f"`{mode}`", f"{min(numbers(rows, 'valid_perplexity')):.2f}", tested, *of_g])
     return ("One training of each mode, `python train.py --mode MODE --data ptb --dni-alpha 0.1`, 15 epochs, "
-            "with the defaults before the search. The best validation perplexity, and cosine and R² of g with "
-            "its targets in the last epoch. The "
+            "with the defaults before the search. The best validation perplexity, and cosine and R² of g "
+            "with its targets in the last epoch. The "
             "learning rate and the dropout had been picked in six short pilots that are not logged.\n\n"
             + table(["mode", "validation", "test", "cosine", "R²"], lines))
 
