@@ -2687,7 +2687,7 @@ def test_each_file_runs_alone(script, tmp_path):
     for name in {script, "qrnn.py"} if script == "dni.py" else {script}:
         shutil.copy(HERE / name, tmp_path)
     run = subprocess.run([sys.executable, script, *(["pydoc"] if script == "data.py" else [])], cwd=tmp_path,
-                         capture_output=True, text=True, timeout=120)
+                         capture_output=True, text=True, timeout=240)
     assert run.returncode == 0 and len(run.stdout.split("\n")) > 3, run.stderr
     if script == "dni.py":
         numbers = map(float, re.findall(r" ([+\d]+\.\d+)$", run.stdout, re.M)[:6])

@@ -64,6 +64,7 @@ CASES += [case("bptt", 3e-3, **RECIPE), case("restart", 6e-3, e_base=1.6667, **R
           case("bptt", 4e-3, **RECIPE), case("restart", 4e-3, e_base=1.6667, **RECIPE),
           case("bptt", 6e-3, **RECIPE), case("restart", 1e-2, e_base=1.6667, **RECIPE),
           case("alternating", 6e-3, e_base=1.6667, **RECIPE), case("dni", 3e-3, **RECIPE)]
+CASES += [case("alternating", rate, 15, "pydoc", 5.0, **RECIPE) for rate in (6e-3, 1e-2)]
 
 
 def arguments(case):

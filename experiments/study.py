@@ -24,16 +24,19 @@ LOGS = ROOT / "experiments" / "logs"
 UNREGULARISED = ["--dropout-input", 0, "--dropout-hidden", 0, "--dropout-output", 0,
                  "--activation", 0, "--temporal", 0]
 sys.path.insert(0, str(ROOT))
-from harness import checkpoints                                         # noqa: E402
+from harness import checkpoints, machine                                # noqa: E402
 from harness.keeper import clock                                        # noqa: E402
 
 
 def processor():
+    """Its name, and whether it multiplies bf16 natively: what train.py computes in by default."""
     try:
         lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return lines[0].split(":")[1].strip()
+        name = lines[0].split(":")[1].strip()
     except (OSError, IndexError):
-        return platform.processor()
+        name = platform.processor()
+    with machine.pick_autocast("auto", "cpu"):
+        return f"{name} {'with' if torch.is_autocast_enabled('cpu') else 'without'} bf16"
 
 
 def read(path):
