@@ -1887,7 +1887,7 @@ def test_two_processes_are_one(corpus, tmp_path):
     own, and the model is as good.
     """
     arguments = ["--data", corpus, *TINY, "--jitter", "--lr", "0.02", "--epochs", 4, "--precision", "fp32",
-                 "--dni-bptt", 2]
+                 "--e-base", 1, "--dni-bptt", 2]
     no_dropout = [f"--dropout-{place}=0" for place in ("input", "hidden", "output")]
     for name, dropout in (("without", no_dropout), ("with", [])):
         one, run = tmp_path / f"{name}-one", tmp_path / name
@@ -1909,7 +1909,7 @@ def test_two_processes_are_one(corpus, tmp_path):
             assert tested[0] == pytest.approx(tested[1], abs=0.02)
             for part in ("model", "dni"):
                 close(weights[part], weights_one[part], atol=2e-6, rtol=0)
-            close(weights["divided"], weights_one["divided"], atol=2e-6, rtol=0)               # s_k and h_g
+            close(weights["divided"], weights_one["divided"], atol=1e-5, rtol=0)               # s_k and h_g
         else:
             assert log != log_one and len({tuple(own["cpu"].tolist()) for own in weights["random"]}) == 2
             valid, valid_one = (float(lines[-1].split(",")[5]) for lines in (log, log_one))
