@@ -1774,14 +1774,17 @@ def test_presets_are_the_papers():
     assert (wt2.dropout_hidden, wt2.clip) == (0.2, 0.25) and (out, resume) == (None, None)
 
 
-def test_a_mode_has_its_recipe():
-    """At preset small a constant rate is lower. It is a default: a flag overrides it."""
+def test_a_mode_has_its_recipe(capsys):
+    """At preset small a constant rate is lower. It is a default: --help names it, a flag overrides it."""
     bptt, dni, restart, alternating = (parsed("--mode", mode, "--data", "ptb")[0].lr
                                        for mode in ("bptt", "dni", "restart", "alternating"))
     assert bptt == dni < restart == alternating == parsed()[0].lr
     assert parsed("--mode", "dni", "--lr", "0.5")[0] == dataclasses.replace(train.SMALL, mode="dni", lr=0.5)
     assert parsed("--data", "dni")[0].lr == train.SMALL.lr
     assert parsed("--preset", "paper", "--mode", "bptt")[0].lr == train.PAPER.lr
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    assert f"small --mode dni: --lr {dni}\n" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- 11. train.py as a program

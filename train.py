@@ -386,7 +386,7 @@ class Settings:
                 raise UserError(f"--eta-min must be at most --eta-max, or else --lr, in run {i}")
 
 
-SMALL, CONSTANT = Settings(), Settings(lr=4e-3)                # for two CPU cores; where the rate is constant
+SMALL, CONSTANT = Settings(), Settings(lr=4e-3)                # for two CPU cores; CONSTANT: no restarts
 PAPER = dataclasses.replace(
     SMALL, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4, dropout_output=0.4,
     dropout_hidden=0.3, dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, l2=1.2e-6,

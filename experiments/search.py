@@ -57,7 +57,7 @@ CASES += [case("alternating", 3e-3, 15, "pydoc", 1.0), case("alternating", 6e-3,
           case("alternating", 6e-3, 15, "pydoc", 5.0, l2=1e-5),
           case("alternating", 6e-3, 15, "pydoc", 5.0, **LIGHT, l2=1e-5)]
 CASES += [case("bptt", rate, bptt=35) for rate in (2e-3, 3e-3)]
-# The rate of each method. Of 15 epochs, E_base is 5, 15/7 or 1: two, three or four runs.
+# The rate of each method. E_base is a third or a seventh of the epochs: two runs, or three.
 RECIPE = dict(LIGHT, l2=5e-6)
 CASES += [case("bptt", 3e-3, **RECIPE), case("restart", 6e-3, e_base=1.6667, **RECIPE),
           case("bptt", 2e-3, **RECIPE), case("restart", 6e-3, e_base=0.7143, **RECIPE),

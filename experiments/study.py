@@ -29,7 +29,7 @@ from harness.keeper import clock                                        # noqa: 
 
 
 def processor():
-    """Its name, and whether it multiplies bf16 natively: what train.py computes in by default."""
+    """The processor's name, and whether it multiplies bf16 natively: then train.py does by default."""
     try:
         lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
         name = lines[0].split(":")[1].strip()

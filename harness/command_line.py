@@ -111,7 +111,7 @@ def parse(argv, presets, read_settings, description):
 
 
 def differences(settings, others):
-    """The flags that stand for `settings` beside `others`."""
+    """The flags that make `settings` out of `others`."""
     return " ".join(f"{flag(f.name)} {getattr(settings, f.name)}" for f in dataclasses.fields(settings)
                     if getattr(settings, f.name) != getattr(others, f.name))
 
