@@ -331,7 +331,7 @@ class Settings:
     activation: float = setting(2.0, "activation regularisation, alpha in AWD 4.6", FROM_0)
     temporal: float = setting(1.0, "temporal activation regularisation, beta in AWD 4.6", FROM_0)
     # Optimisation.
-    lr: float = setting(6e-3, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
+    lr: float = setting(1e-2, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
                         POSITIVE, (lambda s: s.mode not in SGDR_MODES or not s.eta_max, "no --eta-max"))
     beta2: float = setting(0.999, "of Adam; its β1 is 0.9 (Adam's default)", SHARE)
     l2: float = setting(5e-6, "weight decay added to the gradient; the paper: 1.2e-6 (AWD's code)", FROM_0)
