@@ -2572,6 +2572,40 @@ def test_the_search_trains_what_it_says(studies):
         assert method == "cosine" or s.e_base == 5
 
 
+def test_the_recipe_is_what_the_search_found(studies):
+    """A method's rate is that of its best validation text, of the longest trainings with two rates or more."""
+    search, reproduce, study = studies("search"), studies("reproduce"), studies("study")
+    log, judged = study.read(study.LOGS / "search.csv"), set()
+    for method in reproduce.METHODS:
+        for epochs in (15, 5):
+            s = reproduce.settings(reproduce.arguments("small", "ptb", method, epochs))
+            usual = dict(data="ptb", method=method, epochs=epochs, eta_max="", e_base=s.e_base,
+                         **{name: getattr(s, name) for name in search.SHARED})
+            if method in ("bptt", "dni", "cosine"):
+                usual["e_base"] = ""
+            best = {}
+            for row in log:
+                if all(row[name] == str(value) for name, value in usual.items()):
+                    valid = float(row["valid_perplexity"])
+                    best[float(row["lr"])] = min(valid, best.get(float(row["lr"]), math.inf))
+            if len(best) > 1:
+                assert min(best, key=best.get) == s.lr, (method, epochs, best)
+                judged.add(method)
+                break
+    assert judged >= {"bptt", "cosine", "restart"}
+
+
+def test_a_log_holds_one_recipe(studies, tmp_path, monkeypatch):
+    """A study does not go on with a log whose recipe was another one. What a log does not tell may be new."""
+    study, log = studies("study"), tmp_path / "methods.csv"
+    study.write(log, [{"case": "1"}])
+    log.with_suffix(".json").write_text('[{"bptt": "lr 1"}]')
+    monkeypatch.setattr(sys, "argv", [HERE / "experiments" / "reproduce.py"])
+    study.run(log, None, [{"case": 1}], 1, bptt="lr 1", dni="lr 2")
+    with pytest.raises(SystemExit, match="bptt lr 1, now lr 3: move it away"):
+        study.run(log, None, [{"case": 1}], 1, bptt="lr 3")
+
+
 @SLOW
 def test_a_study_goes_on_and_reports(studies, tmp_path):
     """A study does each case once, whatever it is called for again, and its report is made of its log."""

@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time [%(default)s]")
     a = parser.parse_args()
-    recipes = {method: recipe(a.scale, a.data, method, EPOCHS[a.scale, a.data]) for method in METHODS}
+    recipes = {method: recipe(a.scale, a.data, method, EPOCHS[a.scale, a.data]) for method in a.methods}
     cases = [dict(data=a.data, method=method, seed=seed)
              for seed in a.seeds or SEEDS[a.scale] for method in a.methods]
     study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", One(a.scale), cases, a.jobs, **recipes)

@@ -57,13 +57,13 @@ def run(log, function, cases, jobs, **facts):
     """Call function(case) -> rows for each case that `log` lacks, in `jobs` processes.
 
     Cases and rows are dictionaries; a row begins with its case. facts: what else the JSON file is to say; a
-    log is not gone on with under other facts. A case that fails is told, and tried again the next time; the
-    exit status is then 1.
+    log is not gone on with where a fact that it tells has changed. A case that fails is told, and tried
+    again the next time; the exit status is then 1.
     """
     rows, about, failed = read(log), log.with_suffix(".json"), 0
     history = json.loads(about.read_text()) if about.exists() else []
-    changed = [f"{name} {entry.get(name)}, now {value}" for entry in history
-               for name, value in facts.items() if entry.get(name) != value]
+    changed = [f"{name} {entry[name]}, now {value}" for entry in history
+               for name, value in facts.items() if entry.get(name, value) != value]
     if changed:
         sys.exit(f"{log} holds cases made with {'; '.join(changed)}: move it away first")
     done = {tuple(row[name] for name in cases[0]) for row in rows}
