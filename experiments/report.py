@@ -18,8 +18,7 @@ from harness.machine import parameters
 
 OUT = study.ROOT / "experiments"
 METHODS = [f"methods-{scale}-{data}" for scale in ("small", "paper") for data in ("ptb", "wt2")]
-EARLIER = "reproduce-small-ptb"                                         # three epochs, of a smaller model
-LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "search", *METHODS, EARLIER)
+LOGS = ("text", "text-words", "taught-ptb-chars", "recall", "taught", "search", *METHODS)
 # The test perplexities of the paper's Tables 1 and 2; (corpus, method): figure.
 PUBLISHED = {("ptb", "bptt"): 62.78, ("ptb", "dni"): 62.42, ("ptb", "restart"): 64.44,
              ("ptb", "dni-restart"): 64.71, ("ptb", "alternating"): 63.76,
@@ -27,7 +26,7 @@ PUBLISHED = {("ptb", "bptt"): 62.78, ("ptb", "dni"): 62.42, ("ptb", "restart"): 
              ("wt2", "dni-restart"): 73.42, ("wt2", "alternating"): 73.35}
 NAMES = {"bptt": "truncated BPTT",
          "dni": "neuron-wise DNI",
-         "cosine": "BPTT, one cosine, no restart",
+         "cosine": "BPTT, one cosine",
          "restart": "BPTT with restart",
          "dni-restart": "DNI with restart",
          "alternating": "alternating",
@@ -325,13 +324,6 @@ def taught(rows):
             + table(["interface", *head], lines) + f"\n{len({row['seed'] for row in rows})} seeds.\n")
 
 
-def chosen(rows, data, method):
-    """The trainings of a method at the rate that was best on validation text with its first seed."""
-    mine = having(rows, data=data, method=method)
-    first = having(mine, seed=mine[0]["seed"]) if mine else []
-    return having(mine, lr=min(first, key=lambda row: float(row["valid_perplexity"]))["lr"]) if mine else []
-
-
 def by_method(rows):
     """{method: (test perplexities, their differences from its counterpart's, the trainings' last rows)}.
 
@@ -369,47 +361,6 @@ def methods(logs):
     return "\n".join(text)
 
 
-def earlier(rows):
-    """Tables 1 and 2 of the paper at three epochs, each method at the best of four rates."""
-    lines = [[NAMES[method], PUBLISHED["ptb", method], tested(last_of(chosen(rows, "ptb", method), "seed"))]
-             for method in NAMES if ("ptb", method) in PUBLISHED]
-    return "\n".join(["Test perplexity.\n\n" + table(["method", "the paper", "here"], lines),
-                      *differences_and_search(rows)])
-
-
-def tested(last):
-    """The test perplexity of a method, from the last row of each seed."""
-    if not last:
-        return "not run"
-    seeds = f", {len(last)} seeds" if len(last) > 1 else ""
-    return f"{spread(numbers(last, 'test_perplexity'))}{seeds}, rate {last[0]['lr']}"
-
-
-def differences_and_search(rows):
-    """Two tables: differences within a seed, and the search."""
-    rates = sorted({row["lr"] for row in rows}, key=float)
-    search = []
-    for (method,), mine in groups(rows, "method").items():
-        seed = mine[0]["seed"]
-        best = []
-        for lr in rates:
-            found = numbers(having(mine, lr=lr, seed=seed), "valid_perplexity")
-            best.append(f"{min(found):.2f}" if found else "-")
-        search.append([NAMES[method], seed, *best])
-    tests = {method: {row["seed"]: float(row["test_perplexity"]) for row in chosen(rows, "ptb", method)}
-             for method in NAMES}
-    pairs = []
-    for one, other in (("dni", "bptt"), ("dni-restart", "restart"), ("alternating", "restart"),
-                       ("alternating", "dni-restart"), ("restart", "bptt")):
-        less = [tests[one][seed] - tests[other][seed] for seed in tests[one] if seed in tests[other]]
-        if less:
-            pairs.append([f"{NAMES[one]} minus {NAMES[other]}", len(less), spread(less)])
-    return ["Differences in test perplexity, same seed, each method at its own rate.\n\n"
-            + table(["difference", "seeds", "mean"], pairs),
-            "The search: best validation perplexity of the first seed at each rate.\n\n"
-            + table(["method", "seed", *rates], search)]
-
-
 def searched(rows):
     """The best validation perplexity of each case of search.py."""
     from search import SHARED, dropout
@@ -431,25 +382,9 @@ def searched(rows):
             + table(["text", "epochs", "method", "rate", "besides", "validation", "training"], lines))
 
 
-def small_ptb():
-    lines = []
-    for mode in ("bptt", "dni", "restart", "alternating"):
-        folder = study.LOGS / f"small-ptb-{mode}"
-        rows, tested = study.read(folder / "log.csv"), (folder / "stdout.txt").read_text().split()[-1]
-        of_g = (rows[-1][name].replace("nan", "") for name in ("dni_cosine", "dni_r2"))
-        lines.append([f"`{mode}`", f"{min(numbers(rows, 'valid_perplexity')):.2f}", tested, *of_g])
-    return ("One training of each mode, `python train.py --mode MODE --data ptb --dni-alpha 0.1`, 15 epochs, "
-            "with the defaults before the search. The best validation perplexity, and cosine and R² of g "
-            "with its targets in the last epoch. The "
-            "learning rate and the dropout had been picked in six short pilots that are not logged.\n\n"
-            + table(["mode", "validation", "test", "cosine", "R²"], lines))
-
-
 def readme_tables(logs):
     """The tables of README.md, {name: text}."""
-    ptb, wt2 = logs[METHODS[0]], logs[METHODS[1]]
-    return {"methods": methods_table(ptb, wt2) if ptb else earlier_table(logs[EARLIER]),
-            "text": gains_table(logs["text"])}
+    return {"methods": methods_table(logs[METHODS[0]], logs[METHODS[1]]), "text": gains_table(logs["text"])}
 
 
 def gains_table(rows):
@@ -464,24 +399,16 @@ def gains_table(rows):
 
 
 def methods_table(ptb, wt2):
-    """The paper's methods, from the rows of reproduce.py at scale small."""
+    """The paper's methods and `cosine`, from the rows of reproduce.py at scale small; "-": not run."""
     found, other, lines = by_method(ptb), by_method(wt2), []
-    for method, (tests, less, last) in found.items():
+    for method in ("bptt", *COUNTERPART):
+        tests, less, last = found.get(method, ([], [], []))
         beside = f"{spread(less, alone='')} from {NAMES[COUNTERPART[method]]}" if less else ""
         lines.append([NAMES[method], *(PUBLISHED.get((data, method), "-") for data in ("ptb", "wt2")),
-                      spread(tests, alone=""), beside, minutes(last),
+                      spread(tests, alone="") if tests else "-", beside, minutes(last) if last else "-",
                       spread(other[method][0], alone="") if method in other else "-"])
     return table(["test perplexity", "paper: PTB", "paper: WT2", "here: PTB", "difference, same seed",
                   "minutes", "here: WT2"], lines)
-
-
-def earlier_table(rows):
-    """The paper's methods, from the rows of the earlier study."""
-    lines = []
-    for method in ("bptt", "dni", "restart", "dni-restart", "alternating"):
-        ours = numbers(last_of(chosen(rows, "ptb", method), "seed"), "test_perplexity")
-        lines.append([NAMES[method], *(PUBLISHED[data, method] for data in ("ptb", "wt2")), spread(ours)])
-    return table(["test perplexity", "paper: PTB", "paper: WT2", "here, small: PTB"], lines)
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -546,10 +473,13 @@ def figure_recall(plt, rows):
 
 def figure_curves(plt, rows):
     """Validation perplexity of the methods, mean and range over seeds; restarts and spans marked."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     panels = {"without restarts": ("bptt", "dni", "cosine"),
               "with restarts (dotted; shaded: synthetic)": ("restart", "dni-restart", "alternating")}
-    for axis, (title, methods) in zip(axes, panels.items()):
+    panels = {title: [method for method in methods if having(rows, method=method)]
+              for title, methods in panels.items()}
+    panels = {title: methods for title, methods in panels.items() if methods}
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.2), sharey=True, squeeze=False)
+    for axis, (title, methods) in zip(axes[0], panels.items()):
         for method in methods:
             curve = {float(epoch): numbers(its, "valid_perplexity")
                      for (epoch,), its in groups(having(rows, method=method), "epoch").items()}
@@ -562,10 +492,10 @@ def figure_curves(plt, rows):
     for last, row in zip(its, its[1:]):
         begin, end = float(last["epoch"]), float(row["epoch"])          # a restart: at the row before it
         if row["run"] != last["run"]:
-            axes[1].axvline(begin, color="0.6", linewidth=0.8, linestyle=":")
+            axes[0, -1].axvline(begin, color="0.6", linewidth=0.8, linestyle=":")
         if row["gradient"] == "synthetic":
-            axes[1].axvspan(begin, end, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
-    axes[0].set(ylabel="validation perplexity", ylim=(None, 1.6 * min(numbers(rows, "valid_perplexity"))))
+            axes[0, -1].axvspan(begin, end, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
+    axes[0, 0].set(ylabel="validation perplexity", ylim=(None, 1.6 * min(numbers(rows, "valid_perplexity"))))
     return figure
 
 
@@ -594,9 +524,8 @@ def results(logs):
     section("Which settings suit which method? `search.py`", searched, logs["search"], "search")
     section("The paper's methods. `reproduce.py`", methods, [logs[name] for name in METHODS], *METHODS,
             picture="curves.png")
-    section("The paper's methods in three epochs, an earlier study", earlier, logs[EARLIER], EARLIER)
-    text.append("\n## Preset `small` on Penn Treebank\n\n" + small_ptb())
-    text.append("\nSize of the interface for the paper's model (layers of 1550, 1550, 1550, 400): "
+    text.append("\n## Size of the interface\n")
+    text.append("Size of the interface for the paper's model (layers of 1550, 1550, 1550, 400): "
                 f"neuron-wise {parameters(NeuronDNI()):,} parameters, "
                 f"layer-wise {parameters(LayerDNI([1550] * 3 + [400])):,}.\n")
     return "\n".join(wrapped(line) for line in "\n".join(text).split("\n"))
