@@ -525,7 +525,7 @@ def results(logs):
     section("The paper's methods. `reproduce.py`", methods, [logs[name] for name in METHODS], *METHODS,
             picture="curves.png")
     text.append("\n## Size of the interface\n")
-    text.append("Size of the interface for the paper's model (layers of 1550, 1550, 1550, 400): "
+    text.append("For the paper's model (layers of 1550, 1550, 1550, 400): "
                 f"neuron-wise {parameters(NeuronDNI()):,} parameters, "
                 f"layer-wise {parameters(LayerDNI([1550] * 3 + [400])):,}.\n")
     return "\n".join(wrapped(line) for line in "\n".join(text).split("\n"))

@@ -63,7 +63,7 @@ CASES += [case("bptt", 3e-3, **RECIPE), case("restart", 6e-3, e_base=1.6667, **R
           case("bptt", 2e-3, **RECIPE), case("restart", 6e-3, e_base=0.7143, **RECIPE),
           case("bptt", 4e-3, **RECIPE), case("restart", 4e-3, e_base=1.6667, **RECIPE),
           case("bptt", 6e-3, **RECIPE), case("restart", 1e-2, e_base=1.6667, **RECIPE)]
-# Whole trainings tell more: five epochs hide what a high rate gains.
+# Whole trainings, for five epochs may rank the rates otherwise.
 CASES += [case("cosine", 6e-3, 15, **RECIPE, dropout_weight=0.2), case("bptt", 3e-3, 15, **RECIPE),
           case("restart", 1e-2, 15, e_base=5.0, **RECIPE), case("cosine", 1e-2, 15, **RECIPE),
           case("restart", 1.5e-2, 15, e_base=5.0, **RECIPE), case("bptt", 4e-3, 15, **RECIPE)]
