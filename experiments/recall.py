@@ -25,7 +25,7 @@ floor is then 1. B is 32 with `all`, and twice the length of an episode with `an
 The learning rate of each g is the best of RATES, by accuracy, for each number of borders, on two seeds that
 serve for nothing else. The discount α is 0.9.
 
-An update is `train_step` of train.py (for `full`, `full_step` below), without dropout, on a text that never
+An update is `train_step` of train.py (for `full`, `full_update` below), without dropout, on a text that never
 repeats. The model, one QRNN layer of 64, starts with forget gates of about sigmoid(2), so that a state
 outlives a border. Every so often it is tested on a text of its own: accuracy of the answer (chance 1 / K),
 perplexity (the floor is known), and for a DNI cosine and R^2 of its predictions with
@@ -35,6 +35,7 @@ perplexity (the floor is known), and for a DNI cosine and R^2 of its predictions
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import statistics
@@ -61,20 +62,24 @@ UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4, 1e-5), (100,
 class Reader(nn.Module):
     """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is."""
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary, embedding=NEURONS, hidden=NEURONS, forget=2.0):
         super().__init__()
-        self.embedding, self.rnn = nn.Embedding(vocabulary, NEURONS), QRNN(NEURONS, NEURONS)
-        self.decoder = nn.Linear(NEURONS, vocabulary)
+        self.embedding, self.rnn = nn.Embedding(vocabulary, embedding), QRNN(embedding, hidden)
+        self.decoder = nn.Linear(hidden, vocabulary)
         with torch.no_grad():
-            self.rnn.layers[0].bias[NEURONS:2 * NEURONS] += 2.0         # forget gates
+            self.rnn.layers[0].bias[hidden:2 * hidden] += forget        # forget gates
 
     def forward(self, tokens, state=None):
         h, state = self.rnn(self.embedding(tokens), state)
         return self.decoder(h), state
 
+    def nll(self, h, targets):
+        return mean_nll(self.decoder(h), targets)
+
     def loss(self, tokens, targets, state=None, *_):
-        logits, state = self(tokens, state)
-        return mean_nll(logits, targets), 0.0, state
+        """The nll of the last len(targets) tokens, after all that come before them."""
+        h, state = self.rnn(self.embedding(tokens), state)
+        return self.nll(h[-len(targets):], targets), 0.0, state
 
 
 def mean_nll(logits, targets):
@@ -107,26 +112,26 @@ ARMS = {"bptt": None, "full": None, "linear": (lambda: LayerDNI([NEURONS], 0), 1
 
 # --------------------------------------------------------------------------------------------------- one case
 
-def full_step(model, optimizer, chunks, state):
-    """An update from the loss of the last of `chunks`, backpropagated into the first. Returns the new state.
+def full_update(model, optimizer, recent, clip, mixed=contextlib.nullcontext()):
+    """An update from the loss of the last of `recent` chunks [(inputs, targets, state before)], through all.
 
-    chunks: [(inputs, targets)]; the first is entered with `state`.
+    Returns the state after it. The chunks before the last are read again, with the weights of today.
     """
-    logits, new_state = model(torch.cat([x for x, _ in chunks]), state)
-    last = chunks[-1][1]
     optimizer.zero_grad(set_to_none=True)
-    mean_nll(logits[-len(last):], last).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip)
+    with mixed:
+        nll, _, state = model.loss(torch.cat([x for x, _, _ in recent]), recent[-1][1], recent[0][2])
+    nll.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return train.cut(new_state)
+    return train.cut(state)
 
 
 def full_steps(model, optimizer, inputs, targets, borders):
-    """A `full_step` for each chunk of (L, B) streams and the `borders` chunks before it. Yields after it."""
+    """A `full_update` for each chunk of (L, B) streams and the `borders` chunks before. Yields after it."""
     recent, state = [], None
-    for chunk in zip(inputs.split(T), targets.split(T)):
-        recent = [*recent, (chunk, state)][-borders - 1:]
-        state = full_step(model, optimizer, [c for c, _ in recent], recent[0][1])
+    for x, y in zip(inputs.split(T), targets.split(T)):
+        recent = [*recent, (x, y, state)][-borders - 1:]
+        state = full_update(model, optimizer, recent, SETTINGS.clip)
         yield
 
 

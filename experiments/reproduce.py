@@ -15,6 +15,7 @@ Scale paper is `--preset paper`, 320 epochs.
 """
 
 import argparse
+import functools
 
 import study
 import train
@@ -60,16 +61,12 @@ def recipe(scale, data, method, epochs):
     return " ".join(f"{name} {value}" for name, value in changed.items()) or "defaults"
 
 
-class One:
-    def __init__(self, scale):
-        self.scale = scale
-
-    def __call__(self, case):
-        data, method, seed = case.values()
-        options = [*arguments(self.scale, data, method, EPOCHS[self.scale, data]), "--seed", seed,
-                   "--compile", "--validate-every", 0.25]
-        folder = study.ROOT / "trainings" / f"reproduce-{self.scale}" / f"{data}-{method}-{seed}"
-        return study.train_run(case, options, folder)
+def one(scale, case):
+    data, method, seed = case.values()
+    options = [*arguments(scale, data, method, EPOCHS[scale, data]), "--seed", seed,
+               "--compile", "--validate-every", 0.25]
+    folder = study.ROOT / "trainings" / f"reproduce-{scale}" / f"{data}-{method}-{seed}"
+    return study.train_run(case, options, folder)
 
 
 def main():
@@ -83,7 +80,8 @@ def main():
     recipes = {method: recipe(a.scale, a.data, method, EPOCHS[a.scale, a.data]) for method in a.methods}
     cases = [dict(data=a.data, method=method, seed=seed)
              for seed in a.seeds or SEEDS[a.scale] for method in a.methods]
-    study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", One(a.scale), cases, a.jobs, **recipes)
+    study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases, a.jobs,
+              **recipes)
 
 
 if __name__ == "__main__":

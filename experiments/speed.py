@@ -1,8 +1,7 @@
-"""How fast, against what: side by side, as tables or JSON.
+"""How fast, against what: side by side, as tables.
 
     python experiments/speed.py                        about 25 minutes on two CPU cores
     python experiments/speed.py --sizes small          the small preset only (--tables: some tables only)
-    python experiments/speed.py --json speed.json      the same figures for a program
 
 Contestants take turns, round after round, in one process: plain and compiled forms, BPTT and DNI. Beside them
 is their FLOOR, the matrix products of the same step and nothing else (for y = x W^T: y itself, dW = dy^T x
@@ -314,7 +313,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -327,14 +325,9 @@ def main():
     if device == "cuda":
         where = torch.cuda.get_device_name()
     print(f"{where}; torch {torch.__version__}, Python {platform.python_version()}; {rounds} rounds")
-    tables = {}
     for name in arguments.tables:
         title, columns, make = TABLES[name]
-        tables[name] = make(sizes, rounds, device)
-        show(title, tables[name], columns.split())
-    if arguments.json:
-        content = dict(machine=where, torch=torch.__version__, rounds=rounds, **tables)
-        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n")
+        show(title, make(sizes, rounds, device), columns.split())
 
 
 if __name__ == "__main__":

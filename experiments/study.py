@@ -7,6 +7,7 @@ command it comes from.
 
 import concurrent.futures
 import csv
+import datetime
 import json
 import multiprocessing
 import os
@@ -20,12 +21,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "experiments" / "logs"
-# Options of train.py for a text that is read once or a few times, too few to be learned by heart.
-UNREGULARISED = ["--dropout-input", 0, "--dropout-hidden", 0, "--dropout-output", 0,
-                 "--activation", 0, "--temporal", 0]
 sys.path.insert(0, str(ROOT))
 from harness import checkpoints, machine                                # noqa: E402
-from harness.keeper import clock                                        # noqa: E402
 
 
 def processor():
@@ -89,9 +86,9 @@ def run(log, function, cases, jobs, **facts):
                 write(log, rows)
                 told = history + [facts] * (facts not in history)
                 about.write_text(json.dumps(told, indent=1) + "\n")
-                left = (len(cases) - n) * (time.monotonic() - started) / n
+                left = datetime.timedelta(seconds=int((len(cases) - n) * (time.monotonic() - started) / n))
                 last = (f"{name} {value}" for name, value in rows[-1].items())
-                print(f"{n}/{len(cases)}, {clock(left)} left:", *last, flush=True)
+                print(f"{n}/{len(cases)}, {left} left:", *last, flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             sys.exit("stopped; the same command goes on")
@@ -105,7 +102,7 @@ def train_run(case, arguments, folder):
     Returns the rows of its log, each with its case and the test perplexity.
     """
     where = ["--out", folder]
-    if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+    if checkpoints.begun(folder):
         where = ["--resume", folder]
         if arguments[0] == "--preset":                                  # which a checkpoint knows
             arguments = arguments[2:]

@@ -30,7 +30,6 @@ again.
 """
 
 import argparse
-import contextlib
 import functools
 import math
 import time
@@ -44,25 +43,19 @@ from torch import nn
 import data
 from dni import Interface, LayerDNI, NeuronDNI, joined
 from harness import machine
-from qrnn import QRNN, decoder_loss
+from qrnn import decoder_loss
 
 EMBEDDING, HIDDEN, B, REACH = 64, 256, 32, 40
 UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}                  # on characters
 WORDS = (5, 20, 70)                                                     # T on words
 
 
-class Reader(nn.Module):
-    """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is."""
-
+class Reader(recall.Reader):
     def __init__(self, vocabulary):
-        super().__init__()
-        self.embedding, self.rnn = nn.Embedding(vocabulary, EMBEDDING), QRNN(EMBEDDING, HIDDEN)
-        self.decoder = nn.Linear(HIDDEN, vocabulary)
+        super().__init__(vocabulary, EMBEDDING, HIDDEN, forget=0.0)
 
-    def loss(self, tokens, targets, state=None, *_):
-        h, state = self.rnn(self.embedding(tokens), state)
-        nll = decoder_loss(h.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())
-        return nll, 0.0, state
+    def nll(self, h, targets):
+        return decoder_loss(h.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())
 
 
 # ------------------------------------------------------------------------------------------------ kinds of g
@@ -120,24 +113,6 @@ ARMS = {"bptt": None, "full": None, "twice": None,
 
 # ------------------------------------------------------------------------------------------------- one case
 
-def full_update(model, optimizer, recent, clip, mixed=contextlib.nullcontext()):
-    """An update from the loss of the last of `recent` chunks [(inputs, targets, state before)], through all
-    of them.
-
-    Returns the state after it. The chunks before the last are read again, with the weights of today.
-    """
-    inputs, (_, targets, _) = torch.cat([x for x, _, _ in recent]), recent[-1]
-    with mixed:
-        h, state = model.rnn(model.embedding(inputs), recent[0][2])
-        h = h[len(inputs) - len(targets):].flatten(0, 1)
-        loss = decoder_loss(h, model.decoder.weight, model.decoder.bias, targets.flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return train.cut(state)
-
-
 def one(case, every=10, name="ptb-chars"):
     """A row for each tenth of the updates, or for as many parts as `every` says."""
     machine.keep_freed_memory()
@@ -160,7 +135,7 @@ def one(case, every=10, name="ptb-chars"):
         x, y = inputs[start:start + T], targets[start:start + T]
         if arm in reach:
             recent = [*recent, (x, y, state)][-reach[arm]:]
-            state = full_update(model, optimizer, recent, s.clip, mixed)
+            state = recall.full_update(model, optimizer, recent, s.clip, mixed)
         else:
             _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, s, mixed)
         if (k + 1) % (updates // every) == 0:

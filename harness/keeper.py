@@ -5,6 +5,7 @@ which attributes belong to streams or are sums over them. What they mean is none
 """
 
 import csv
+import datetime
 import io
 import math
 import shutil
@@ -233,15 +234,10 @@ class Keeper:
         if now - self.shown > 0.5 and sys.stdout.isatty():
             steps = self.steps_read()
             speed = (steps - self.first) / (now - self.began)           # time steps a second
-            left = (self.settings.epochs * self.length - steps) / speed
+            left = datetime.timedelta(seconds=int((self.settings.epochs * self.length - steps) / speed))
             tokens = f"{speed * self.settings.batch_size:,.0f} tokens/s"
-            print(f"{self.clear()}{self.place}  {tokens}  {clock(left)} left", end="", flush=True)
+            print(f"{self.clear()}{self.place}  {tokens}  {left} left", end="", flush=True)
             self.shown = now
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
 @torch.no_grad()
