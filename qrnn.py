@@ -21,6 +21,7 @@ Glossary
     state      -        [(c, x_prev)]  what crosses from one chunk of text to the next, one pair per layer:
                                        c (B, H) and the last k-1 inputs x_prev (k-1, B, I)
     G          G_t      (T, B, H)      the part of dL/dc_t that comes from the layers above, through h_t
+    G_next     -        (B, H)         the part of dL/dc_T that comes from the chunks after this one
     r          r_t      (T, B, H)      dL/dc_t, all of it: from above and from the future
 
 Sections: the recurrence and its gradient; layers; the language model; and last, "the same, faster", which
@@ -47,7 +48,7 @@ except ImportError:
 # ---------------------------------------------------------------------------- the recurrence and its gradient
 
 def pool_loop(f, z, c0):
-    """The QRNN's only recurrence, as one would write it on a blackboard (QRNN, Eq. 3).
+    """The QRNN's only recurrence, which its paper calls pooling, as on a blackboard (QRNN, Eq. 3).
 
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t
 
@@ -70,7 +71,7 @@ class Pool(torch.autograd.Function):
 
         r_T = G_T + G_next,    r_t = G_t + f_{t+1} r_{t+1}
 
-    and from c_t = f_t c_{t-1} + (1 - f_t) z_t, differentiated in each of its three arguments,
+    and from c_t = f_t c_{t-1} + (1 - f_t) z_t, differentiated in each of its three arguments (df_t: dL/df_t),
 
         df_t = r_t (c_{t-1} - z_t),    dz_t = r_t (1 - f_t),    dc_0 = f_1 r_1
 
@@ -95,7 +96,7 @@ def pool(f, z, c0):
 
     Returns c_1 .. c_T (T, B, H) and, apart, c_T (B, H), which the next chunk needs. First derivatives only.
     """
-    if len(f) == 1:                                                     # no loop: autograd is as fast
+    if len(f) == 1:                                                     # one step: no loop to save
         c = f * c0 + (1 - f) * z
         return c, c[0]
     return Pool.apply(f, z, c0)

@@ -340,7 +340,7 @@ def by_method(rows):
 
 
 def minutes(last):
-    return f"{statistics.mean(numbers(last, 'seconds')) / 60:.0f}"
+    return f"{statistics.median(numbers(last, 'seconds')) / 60:.0f}"
 
 
 def methods(logs):
@@ -483,6 +483,8 @@ def figure_curves(plt, rows):
         for method in methods:
             curve = {float(epoch): numbers(its, "valid_perplexity")
                      for (epoch,), its in groups(having(rows, method=method), "epoch").items()}
+            seeds = max(map(len, curve.values()))                       # some were validated less often
+            curve = {epoch: values for epoch, values in curve.items() if len(values) == seeds}
             low, mean, high = ([of(v) for v in curve.values()] for of in (min, statistics.mean, max))
             axis.plot(list(curve), mean, color=COLOURS[method], linewidth=1.2, label=NAMES[method])
             axis.fill_between(list(curve), low, high, color=COLOURS[method], alpha=0.2, linewidth=0)

@@ -66,7 +66,8 @@ CASES += [case("bptt", 3e-3, **RECIPE), case("restart", 6e-3, e_base=1.6667, **R
 # Whole trainings, for five epochs may rank the rates otherwise.
 CASES += [case("cosine", 6e-3, 15, **RECIPE, dropout_weight=0.2), case("bptt", 3e-3, 15, **RECIPE),
           case("restart", 1e-2, 15, e_base=5.0, **RECIPE), case("cosine", 1e-2, 15, **RECIPE),
-          case("restart", 1.5e-2, 15, e_base=5.0, **RECIPE), case("bptt", 4e-3, 15, **RECIPE)]
+          case("restart", 1.5e-2, 15, e_base=5.0, **RECIPE), case("bptt", 4e-3, 15, **RECIPE),
+          case("bptt", 6e-3, 15, **RECIPE)]
 CASES += [case(method, rate, e_base=1.6667, **RECIPE) for rate in (6e-3, 1e-2, 1.5e-2, 4e-3)
           for method in ("alternating", "dni-restart")]
 CASES += [case("dni", rate, **RECIPE) for rate in (4e-3, 3e-3, 6e-3, 2e-3)]
