@@ -17,9 +17,8 @@ Glossary
 Corpora, by name
     pydoc     the English of Python's reference manual (pydoc_data.topics): needs no file and no network
     ptb, wt2  the canonical files, found in --data-dir or $QRNN_DATA or ./corpora, otherwise downloaded once
-    ptb-chars the characters of ptb, a space as _, a line ended by <eos>: 50 symbols, 5.0 million of them in
-    train
-    recall    synthetic, see `recall`
+    ptb-chars the characters of ptb, a space as _, a line ended by <eos>: 50 symbols, 5.0 million in train
+    recall    artificial, see `recall`
     FOLDER    any folder with train.txt, valid.txt and test.txt: a sentence or paragraph a line, words
               between spaces
 

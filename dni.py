@@ -124,9 +124,9 @@ class Interface:
         """δ^_k, with a graph for φ over the last `borders` borders; h_g moves on by one border.
 
         g is a recurrent network too, and its time is the count of borders. With borders = 1 it runs once, on
-        s_k: it uses its memory, but nothing teaches it what to write there. With borders = K it runs again
-        over the last K borders, from the h_g that it had before the first of them. So its error also teaches
-        what to write.
+        s_k: it uses its memory, but nothing teaches it what to write there for later borders. With borders =
+        K it runs again over the last K borders, from the h_g that it had before the first of them. So its
+        error also teaches what to write.
         """
         self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
         memory = self.past[0][1]                                        # h_g before the first of them
@@ -293,9 +293,10 @@ def start_last_layer(linear, bound):
 # and the best prediction from s alone is zero. So from s alone, g can predict something only while the model
 # is not calibrated. (Proved by counting in test_all.py, test_what_a_state_can_tell.) With its memory h_g it
 # may know more than s says. We think that such signals are small beside the noise of a single gradient, so
-# that g must average over many borders, and learn slowly. Truncation loses something even where they are
-# zero: the gradient of θ that crosses the border is (ds/dθ)ᵀ δ, and ds/dθ depends on earlier words, which may
-# tell more about δ than s does.
+# that g must average over many borders, and learn slowly.
+#
+# Even where the best prediction from s is zero, truncation loses (ds/dθ)ᵀ δ, the gradient of θ that crosses
+# the border: ds/dθ depends on earlier words, and these may say something about δ that s does not.
 
 class Agreement:
     """Two running measures of predictions p against targets t, over all neurons and borders seen.

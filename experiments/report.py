@@ -51,8 +51,8 @@ TEXT = {"bptt": "truncated BPTT",
         "neuron4": "neuron-wise, taught through 4 borders at each border",
         "every4": "neuron-wise, taught through 4 borders at every fourth",
         "named": "neuron-wise, each neuron named",
-        "line": "each neuron its own line",
-        "constant": "each neuron its own constant"}
+        "line": "each neuron: a c + b",
+        "constant": "each neuron: b"}
 RED, BLUE, GREEN, GREY = "#d62728", "#1f77b4", "#2ca02c", "0.35"
 COLOURS = {"bptt": GREY, "full": GREEN, "twice": "#9467bd", "neuron": RED, "layer": "#17becf",
            "linear": BLUE, "mlp": "#17becf", "line": "#ff7f0e",
@@ -384,7 +384,8 @@ def searched(rows):
 
 def readme_tables(logs):
     """The tables of README.md, {name: text}."""
-    return {"methods": methods_table(logs[METHODS[0]], logs[METHODS[1]]), "text": gains_table(logs["text"])}
+    tables = {"methods": methods_table(logs[METHODS[0]], logs[METHODS[1]]), "text": gains_table(logs["text"])}
+    return {name: text.replace(" ± ", "±") for name, text in tables.items()}                # they are narrow
 
 
 def gains_table(rows):
