@@ -2375,10 +2375,10 @@ def test_the_recipe_is_what_the_search_found(studies):
                     valid = float(row["valid_perplexity"])
                     best[float(row["lr"])] = min(valid, best.get(float(row["lr"]), math.inf))
             if len(best) > 1:
-                assert min(best, key=best.get) == s.lr, (method, epochs, best)
+                assert best.get(s.lr) == min(best.values()), (method, epochs, best)      # two may be as good
                 judged.add(method)
                 break
-    assert judged >= {"bptt", "cosine", "restart"}
+    assert judged == set(reproduce.METHODS)
 
 
 def test_a_log_holds_one_recipe(studies, tmp_path, monkeypatch):
