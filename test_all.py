@@ -2381,6 +2381,22 @@ def test_the_recipe_is_what_the_search_found(studies):
     assert judged == set(reproduce.METHODS)
 
 
+@pytest.mark.parametrize("method", ["bptt", "cosine", "restart"])
+def test_a_whole_training_of_the_search_counts(method, studies):
+    """The methods' log has, for seed 42, the rows of search.csv that were made with the method's recipe."""
+    search, reproduce, study = studies("search"), studies("reproduce"), studies("study")
+    s = reproduce.settings(reproduce.arguments("small", "ptb", method, 15))
+    recipe = dict(data="ptb", method=method, epochs=15, lr=s.lr,
+                  e_base=s.e_base if method == "restart" else "",
+                  **{name: getattr(s, name) for name in search.SHARED})
+    ours = [row for row in study.read(study.LOGS / "methods-small-ptb.csv")
+            if (row["method"], row["seed"]) == (method, "42")]
+    theirs = [row for row in study.read(study.LOGS / "search.csv")
+              if all(row[name] == str(value) for name, value in recipe.items())]
+    assert len(ours) == 15 and ours == [{**{name: row.get(name) for name in ours[0]}, "seed": "42"}
+                                        for row in theirs]
+
+
 def test_a_log_holds_one_recipe(studies, tmp_path, monkeypatch):
     """A study does not go on with a log whose recipe was another one. What a log does not tell may be new."""
     study, log = studies("study"), tmp_path / "methods.csv"

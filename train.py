@@ -107,7 +107,7 @@ def train_step(model, optimizer, dni, inputs, targets, state, synthetic, setting
         if dni:
             loss = loss + dni.credit(cells(state), cells(new_state), inputs.numel(), inject=synthetic)
 
-    # 3. Backward: dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B) for θ (Eq. 1); target_k / (T B) in s_k.grad.
+    # 3. Backward: for θ, dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B), Eq. 1; s_k.grad: target_k / (T B).
     loss.backward()
 
     # 4. Regress: a step of Adam for φ, on the mean of (δ^_k - target_k)².

@@ -385,7 +385,7 @@ def searched(rows):
 def readme_tables(logs):
     """The tables of README.md, {name: text}."""
     tables = {"methods": methods_table(logs[METHODS[0]], logs[METHODS[1]]), "text": gains_table(logs["text"])}
-    return {name: text.replace(" ± ", "±") for name, text in tables.items()}                # they are narrow
+    return {name: text.replace(" ± ", "±") for name, text in tables.items()}               # to be narrow
 
 
 def gains_table(rows):
