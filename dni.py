@@ -26,12 +26,12 @@ Glossary
 What happens in chunk k, between the borders k and k + 1:
 
     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
-                Then it asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it. h_g stays.
+                In synthetic turns it also asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it;
+                h_g stays.
     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 
-In chunk k + 1 g is asked about s_{k+1} again, with its new φ, and that prediction is the one to be
-corrected.
+Chunk k + 1 asks g about s_{k+1} again, with its new φ, and corrects that prediction.
 
 The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let R_k be the summed
 loss of chunk k and of all chunks after it: R_k = T B L_k + R_{k+1}. Chunk k acts on R_{k+1} through s_{k+1}.
@@ -124,10 +124,10 @@ class Interface:
     def predict(self, s):
         """δ^_k, with a graph for φ over the last `borders` borders; h_g moves on by one border.
 
-        g is a recurrent network too, and its time is the count of borders. With borders = 1 it runs once, on
-        s_k: it uses its memory, but nothing teaches it what to write there for later borders. With borders =
-        K it runs again over the last K borders, from the h_g that it had before the first of them. So its
-        error also teaches what to write.
+        g is a recurrent network too, and its time is the count of borders. It always reads its memory;
+        `borders` says how far back its writing is taught. With borders = 1 it runs once, on s_k, and nothing
+        teaches it what to write for later borders. With borders = K it runs again over the last K borders,
+        from the h_g that it had before the first of them, so that its error also teaches what to write.
         """
         self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
         memory = self.past[0][1]                                        # h_g before the first of them
@@ -296,8 +296,9 @@ def start_last_layer(linear, bound):
 # may know more than s says. We think that such signals are small beside the noise of a single gradient, so
 # that g must average over many borders, and learn slowly.
 #
-# Even where the best prediction from s is zero, truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ
-# that crosses the border. For ds/dθ depends on earlier words, and these may tell of δ what s does not.
+# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. The mean of
+# δ given s is zero; the mean of this product need not be. ds/dθ depends on the earlier words, and these
+# may tell of δ what s does not.
 
 class Agreement:
     """Two running measures of predictions p against targets t, over all neurons and borders seen.
@@ -305,8 +306,8 @@ class Agreement:
         cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated
         R²     = 1 - sum (p - t)² / sum t²          1 perfect; 0 as good as predicting zero; below 0, worse
 
-    Each border adds its mean over neurons. A target holds g's own next prediction: to agree with it
-    is not yet to know the true gradient.
+    Each border adds its mean over neurons. In synthetic turns a target holds g's own next prediction: to
+    agree with it is not yet to know the true gradient.
     """
 
     def __init__(self):

@@ -53,7 +53,7 @@ def pool_loop(f, z, c0):
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t
 
     f, z: (T, B, H); c0: (B, H). Returns c_1 .. c_T as (T, B, H). Autograd does the backward pass, one step at
-    a time; `pool` below is the same function, faster.
+    a time; `pool` below gives the same, faster.
     """
     c, states = c0, []
     for f_t, z_t in zip(f, z):

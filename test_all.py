@@ -88,11 +88,11 @@ def close(a, b, **tolerance):
 
 # -------------------------------------------------------------- 0. the whole method, once more, in plain code
 #
-# The paper in 150 lines. It shares nothing with the modules but the first weights: it has its own QRNN, g,
-# Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, and it has no dropout.
+# The paper in 150 lines. It shares nothing with the modules but settings and first weights: it has its own
+# QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, and it has no dropout.
 #
-# It never cuts a graph. Every step makes NEW weights and asks for the derivative in these alone. What the
-# weights did to earlier chunks, when they had other values, is not asked for: that is truncation.
+# It needs no detach. Every step makes NEW weights, and asks for the derivative in these alone. What the old
+# weights did in the chunks before is not asked for: that is truncation.
 
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: k - 1 inputs before.
@@ -217,8 +217,8 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
 
             # 3. One sum, two derivatives. T B loss is the loss summed over the chunk: g's unit. The product
             #    future . s_{k+1} is there because its derivative in s_{k+1} is `future`. The derivative of
-            #    the sum in theta is Eq. 1 (times T B). The derivative in s_k, which the chunk before has
-            #    made, is target_k, the bootstrap of section 2.1.
+            #    the sum in theta is Eq. 1. The derivative in s_k, which the chunk before has made, is
+            #    target_k, the bootstrap of section 2.1.
             everything = T * B * loss + future @ s_next
             *gradients, target = torch.autograd.grad(everything, [*theta.values(), s_k])
 

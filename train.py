@@ -9,7 +9,7 @@ Why alternate? Networks trained with synthetic and with real gradients come to h
 The paper hopes that the two in turn show the optimiser more of the landscape, and that a restart of the
 learning rate at each turn lets it leave a minimum for a better one (sections 1 and 2.3).
 
-The four modes decide two things only, both in `gradient_source` and `make_schedule` below:
+The four modes decide two things, in `gradient_source` and `make_schedule` below (and a default of --lr):
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -25,8 +25,7 @@ Glossary
     dni        g, h_g     -              the interface of dni.py: a network g and its memory h_g
     run        i          -              of SGDR: from one restart of the learning rate to the next
 
-Not here: parameters divided among processes, loss scaling, fine-tuning, dynamic evaluation. What keeps a long
-training alive is in harness/, which hears of every step and epoch: the lines that say `keeper`.
+Not here: fine-tuning, dynamic evaluation. What keeps a long training alive: harness/ (`keeper` below).
 
 `python train.py` trains on the corpus inside Python; `torchrun --nproc-per-node N train.py` in N processes.
 """
@@ -102,12 +101,13 @@ def train_step(model, optimizer, dni, inputs, targets, state, synthetic, setting
         nll, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
         loss = nll + penalty
 
-        # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and for δ^_{k+1}. The number that is added
-        #    has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is zero where gradients are real.
+        # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and in synthetic turns for δ^_{k+1}. What is
+        #    added to the loss has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is 0 in real turns.
         if dni:
             loss = loss + dni.credit(cells(state), cells(new_state), inputs.numel(), inject=synthetic)
 
-    # 3. Backward: for θ, dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B), Eq. 1; s_k.grad: target_k / (T B).
+    # 3. Backward: θ gets dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B), and s_k.grad target_k / (T B).
+    #    This is Eq. 1 as dni.py has it, over T B: there losses are sums, here they are means.
     loss.backward()
 
     # 4. Regress: a step of Adam for φ, on the mean of (δ^_k - target_k)².

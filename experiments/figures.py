@@ -111,7 +111,8 @@ def qrnn():
         axis.text(x, 2.66, f"$h_{n + 1}$", ha="center", va="center", fontsize=11)
         if n < 2:
             arrow(axis, (x + 0.57, 1.75), (x + 0.93, 1.75), RED)
-    box(axis, 7.5, 1.3, "$W\\,[x_1, x_2, x_3]$: gates of all steps", width=4.1, height=0.42, colour=BLUE)
+    box(axis, 7.5, 1.3, "$W x_1,\\; W x_2,\\; W x_3$ at once: gates of all steps", width=4.1,
+        height=0.42, colour=BLUE)
     for n, x in enumerate((6.0, 7.5, 9.0)):
         arrow(axis, (x, 0.75), (x, 1.07))
         axis.text(x, 0.58, f"$x_{n + 1}$", ha="center", va="center", fontsize=11)
