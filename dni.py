@@ -60,9 +60,9 @@ summed loss, and does not depend on B. In the unit of the mean, targets would be
 the epsilon of g's Adam, 1e-8, would distort its steps.
 
 One backward pass makes both lines, divided by T B. Add to the loss α / (T B) Σ δ^_{k+1} s_{k+1}. The sum
-is over layers, streams and neurons, and δ^ is a constant. So its derivative in s_{k+1} is α δ^_{k+1} / (T B).
-An ordinary backward() then gives θ the first line, divided by T B, and leaves the second, target_k / (T B),
-in s_k.grad.
+is over layers, streams and neurons, and δ^ is a constant. So its derivative in s_{k+1} is
+α δ^_{k+1} / (T B). An ordinary backward() then gives θ the first line, divided by T B, and leaves the
+second, target_k / (T B), in s_k.grad.
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
 
@@ -296,9 +296,9 @@ def start_last_layer(linear, bound):
 # may know more than s says. We think that such signals are small beside the noise of a single gradient, so
 # that g must average over many borders, and learn slowly.
 #
-# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. The mean of
-# δ given s is zero; the mean of this product need not be. ds/dθ depends on the earlier words, and these
-# may tell of δ what s does not.
+# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. The mean
+# of δ given s is zero; the mean of this product need not be. ds/dθ depends on the earlier words, and
+# these may tell of δ what s does not.
 
 class Agreement:
     """Two running measures of predictions p against targets t, over all neurons and borders seen.
