@@ -86,8 +86,8 @@ class Interface:
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
     list like s, and its memory, or None. optimizer: of g's parameters; None stands for Adam at 1e-4, a good
-    rate on text (experiments/text.py). alpha: the discount α. borders: K, through how many of them the error
-    of g is backpropagated.
+    rate for a layer-wise g on text (experiments/text.py). alpha: the discount α. borders: K, through how
+    many of them the error of g is backpropagated.
 
     It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
     from. `agreement` measures predictions against targets.
