@@ -72,9 +72,8 @@ CASES += [case(method, rate, e_base=1.6667, **RECIPE) for rate in (6e-3, 1e-2, 1
           for method in ("alternating", "dni-restart")]
 # Rates above the best, chunks between those tried, and restarts that begin lower from run to run.
 CASES += [case("cosine", 1.5e-2, 15, **RECIPE), case("restart", 1.5e-2, e_base=1.6667, **RECIPE),
-          case("restart", 1e-2, e_base=1.6667, bptt=50, **RECIPE),
-          case("restart", "", e_base=1.6667, eta_max="0.01 0.006", **RECIPE),
-          case("cosine", 2e-2, 15, **RECIPE)]
+          case("cosine", 2e-2, 15, **RECIPE), case("restart", 1e-2, e_base=1.6667, bptt=50, **RECIPE),
+          case("restart", "", e_base=1.6667, eta_max="0.01 0.006", **RECIPE)]
 CASES += [case("dni", rate, **RECIPE) for rate in (4e-3, 3e-3, 6e-3, 2e-3)]
 CASES += [case("alternating", rate, 15, "pydoc", 5.0, **RECIPE) for rate in (6e-3, 1e-2)]
 
