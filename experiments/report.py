@@ -474,33 +474,24 @@ def figure_recall(plt, rows):
 
 
 def figure_curves(plt, rows):
-    """Validation perplexity of the methods, mean and range over seeds; restarts and spans marked."""
+    """Validation perplexity of the methods, a line a seed: PTB (Figure 2), below it WT2 (Figure 3)."""
+    from reproduce import EPOCHS, arguments, settings
     panels = {"without restarts": ("bptt", "dni", "cosine"),
-              "with restarts (dotted; shaded: synthetic)": ("restart", "dni-restart", "alternating")}
-    panels = {title: [method for method in methods if having(rows, method=method)]
-              for title, methods in panels.items()}
-    panels = {title: methods for title, methods in panels.items() if methods}
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.2), sharey=True, squeeze=False)
-    for axis, (title, methods) in zip(axes[0], panels.items()):
-        for method in methods:
-            curve = {float(epoch): numbers(its, "valid_perplexity")
-                     for (epoch,), its in groups(having(rows, method=method), "epoch").items()}
-            seeds = max(map(len, curve.values()))                       # some were validated less often
-            curve = {epoch: values for epoch, values in curve.items() if len(values) == seeds}
-            low, mean, high = ([of(v) for v in curve.values()] for of in (min, statistics.mean, max))
-            axis.plot(list(curve), mean, color=COLOURS[method], linewidth=1.2, label=NAMES[method])
-            axis.fill_between(list(curve), low, high, color=COLOURS[method], alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel="epoch", xlim=(0, None))
-        axis.legend(fontsize=7, loc="upper right")
-    its = having(rows, method="alternating", seed=rows[0]["seed"])
-    for last, row in zip(its, its[1:]):
-        begin, end = float(last["epoch"]), float(row["epoch"])          # a restart: at the row before it
-        if row["run"] != last["run"]:
-            axes[0, -1].axvline(begin, color="0.6", linewidth=0.8, linestyle=":")
-        if row["gradient"] == "synthetic":
-            axes[0, -1].axvspan(begin, end, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
-    best = min(numbers(rows, "valid_perplexity"))
-    axes[0, 0].set(ylabel="validation perplexity", ylim=(0.95 * best, 1.6 * best))
+              "with a restart (shaded: alternating is synthetic)": ("restart", "dni-restart", "alternating")}
+    corpora = groups(rows, "data")
+    figure, axes = plt.subplots(len(corpora), 2, figsize=(9, 3.2 * len(corpora)), sharey="row", squeeze=False)
+    for line, ((data,), its) in zip(axes, corpora.items()):
+        s = settings(arguments("small", data, "alternating", EPOCHS["small", data]))
+        for axis, (title, methods) in zip(line, panels.items()):
+            for method in methods:
+                for i, curve in enumerate(groups(having(its, method=method), "seed").values()):
+                    axis.plot(numbers(curve, "epoch"), numbers(curve, "valid_perplexity"), linewidth=0.8,
+                              color=COLOURS[method], label=None if i else NAMES[method])
+            axis.set(title=f"{data.upper()}, {title}", xlabel="epoch", xlim=(0, s.epochs))
+            axis.legend(fontsize=7, loc="upper right")
+        line[1].axvspan(s.e_base, s.epochs, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
+        best = min(numbers(its, "valid_perplexity"))
+        line[0].set(ylabel="validation perplexity", ylim=(0.95 * best, 1.6 * best))
     return figure
 
 
@@ -561,7 +552,7 @@ def main():
     plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False,
                          "axes.spines.right": False, "font.size": 9})
     for name, draw, rows in (("text", figure_text, logs["text"]), ("recall", figure_recall, logs["recall"]),
-                             ("curves", figure_curves, logs[METHODS[0]])):
+                             ("curves", figure_curves, logs[METHODS[0]] + logs[METHODS[1]])):
         if rows:
             figure = draw(plt, rows)
             figure.savefig(OUT / f"{name}.png", dpi=130)
