@@ -110,8 +110,8 @@ def made_by(log):
     for facts in json.loads(log.with_suffix(".json").read_text()):
         about = {"machine": facts.pop("machine"), "torch": facts.pop("torch"), "python": facts.pop("python")}
         command = facts.pop("command")
-        rest = "; ".join(f"{name} {value}" for name, value in facts.items())
-        where = "on {machine}; torch {torch}, Python {python}; ".format(**about) + f"{rest}."
+        where = "; ".join(["on {machine}; torch {torch}, Python {python}".format(**about),
+                           *(f"{name} {value}" for name, value in facts.items())]) + "."
         commands.setdefault(where, []).append(f"`{command}`")
     made = " And by ".join(f"{', '.join(those)} {where}" for where, those in commands.items())
     return f"Made by {made} Log: `{log.relative_to(study.ROOT)}`.\n"
@@ -370,16 +370,18 @@ def searched(rows):
     def shared(case):
         dropouts = "dropouts " + ", ".join(case[name] for name in four)
         return [dropouts, *(f"{name} {case[name]}" for name in SHARED if name not in four)]
-    for its in groups(rows, "data", "method", "epochs", "lr", "e_base", "eta_max", *SHARED).values():
+    for its in groups(rows, "data", "method", "epochs", "lr", "e_base", "eta_max", "seed",
+                      *SHARED).values():
         best = min(its, key=lambda row: float(row["valid_perplexity"]))
         besides = [f"{name} {best[name]}" for name in ("e_base", "eta_max") if best[name]]
+        besides += [f"seed {best['seed']}"] * (best["seed"] != "42")
         besides += [what for what in shared(best) if what not in shared(usual)]
         lines.append([best["data"], best["epochs"], NAMES[best["method"]], best["lr"], ", ".join(besides),
                       *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
     lines.sort(key=lambda line: (line[0], int(line[1]), list(NAMES.values()).index(line[2]), float(line[5])))
     return ("Perplexity of validation and training text (the latter with dropout) at the best epoch. Where "
-            f"nothing else is said: {', '.join(shared(usual))}. (Dropouts: of the last output, between "
-            "layers, of embedded words, of whole words.)\n\n"
+            f"nothing else is said: seed 42, {', '.join(shared(usual))}. (Dropouts: of the last output, "
+            "between layers, of embedded words, of whole words.)\n\n"
             + table(["text", "epochs", "method", "rate", "besides", "validation", "training"], lines))
 
 
