@@ -493,7 +493,7 @@ def figure_curves(plt, rows):
             axis.legend(fontsize=7, loc="upper right")
         line[1].axvspan(s.e_base, s.epochs, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
         best = min(numbers(its, "valid_perplexity"))
-        line[0].set(ylabel="validation perplexity", ylim=(0.95 * best, 1.6 * best))
+        line[0].set(ylabel="validation perplexity", ylim=(0.95 * best, 2 * best))
     return figure
 
 
