@@ -2337,7 +2337,7 @@ def test_the_search_trains_what_it_says(studies):
     search, reproduce = studies("search"), studies("reproduce")
     for case in search.CASES:
         s, _, _ = parsed(*map(str, search.arguments(case)))
-        assert (s.data, s.epochs) == (case["data"], case["epochs"])
+        assert (s.data, s.epochs, s.seed) == (case["data"], case["epochs"], case["seed"])
         assert all(getattr(s, name) == case[name] for name in search.SHARED)
         assert s.eta_max == tuple(map(float, case["eta_max"].split())) and (s.eta_max or s.lr == case["lr"])
         assert s.mode not in train.SGDR_MODES or s.e_base == (case["e_base"] or case["epochs"])

@@ -479,7 +479,8 @@ def figure_curves(plt, rows):
     """Validation perplexity of the methods, a line a seed: PTB (Figure 2), below it WT2 (Figure 3)."""
     from reproduce import EPOCHS, arguments, settings
     panels = {"without restarts": ("bptt", "dni", "cosine"),
-              "with a restart (shaded: alternating is synthetic)": ("restart", "dni-restart", "alternating")}
+              "with a restart (dotted; shaded: alternating is synthetic)":
+                  ("restart", "dni-restart", "alternating")}
     corpora = groups(rows, "data")
     figure, axes = plt.subplots(len(corpora), 2, figsize=(9, 3.2 * len(corpora)), sharey="row", squeeze=False)
     for line, ((data,), its) in zip(axes, corpora.items()):
@@ -489,8 +490,10 @@ def figure_curves(plt, rows):
                 for i, curve in enumerate(groups(having(its, method=method), "seed").values()):
                     axis.plot(numbers(curve, "epoch"), numbers(curve, "valid_perplexity"), linewidth=0.8,
                               color=COLOURS[method], label=None if i else NAMES[method])
-            axis.set(title=f"{data.upper()}, {title}", xlabel="epoch", xlim=(0, s.epochs))
+            axis.set(xlabel="epoch", xlim=(0, s.epochs))
+            axis.set_title(f"{data.upper()}, {title}", fontsize=10)
             axis.legend(fontsize=7, loc="upper right")
+        line[1].axvline(s.e_base, color="0.35", linewidth=0.8, linestyle=":")
         line[1].axvspan(s.e_base, s.epochs, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
         best = min(numbers(its, "valid_perplexity"))
         line[0].set(ylabel="validation perplexity", ylim=(0.95 * best, 2 * best))
