@@ -73,7 +73,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qrnn import QRNN, Compiled, QRNNLayer
+from qrnn import QRNN, QRNNLayer
 
 
 class Interface:
@@ -81,13 +81,14 @@ class Interface:
 
         s = [c.detach().requires_grad_() for c in s_next]           # the border: s_k, cut off from its past
         s_next, loss = ...                                          # read the chunk; a mean over T B tokens
-        (loss + dni.credit(s, s_next, tokens=T * B)).backward()     # Eq. 1
+        (loss + dni.credit(s, s_next, tokens_per_chunk=T * B)).backward()       # Eq. 1
         dni.learn()                                                 # towards the target that backward left
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
-    list like s, and its memory, or None. optimizer: of g's parameters; None stands for Adam at 1e-4, a good
-    rate for a layer-wise g on text (experiments/text.py). alpha: the discount α. borders: K, through how
-    many of them the error of g is backpropagated.
+        list like s, and its memory, or None.
+    optimizer: of g's parameters; None stands for Adam at 1e-4, a good rate for a layer-wise g on text.
+    alpha: the discount α.
+    borders: through how many of them the error of g is backpropagated.
 
     It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
     from. `agreement` measures predictions against targets.
@@ -104,30 +105,33 @@ class Interface:
         self.memory = self.pending = None
         self.past = []                                                # the last borders: [(s, h_g before it)]
 
-    def credit(self, s, s_next, tokens, inject=True):
+    def credit(self, s, s_next, tokens_per_chunk, use_synthetic=True):
         """Ask g about s_k and s_{k+1}. Returns what to add to the loss: α / (T B) Σ δ^_{k+1} s_{k+1}.
 
         s: the leaves that the chunk began with, a list of (B, H_l), each requiring a gradient; None where a
-        text begins and nothing is to be predicted. s_next: the states it ended with, still in their graph.
-        tokens: T B, which the loss is a mean over. inject: with False g learns and is not used. The sum is
-        zero then, and target_k holds the T true steps alone.
+            text begins and nothing is to be predicted.
+        s_next: the states it ended with, still in their graph.
+        tokens_per_chunk: T B, which the loss is a mean over.
+        use_synthetic: with False g learns and is not used. The sum is zero then, and target_k holds the T
+            true steps alone.
+
         Raises ValueError or RuntimeError, with what to do, for a wrong shape, graph or order of calls.
         """
-        self.check(s, s_next, inject)
-        predicted = self.predict(s) if s else None
-        self.pending = predicted, s, tokens
-        if not inject:
+        self.check(s, s_next, use_synthetic)
+        predicted = None if s is None else self.predict(s)
+        self.pending = predicted, s, tokens_per_chunk
+        if not use_synthetic:
             return s_next[0].new_zeros(())
         future = self.synthesize(s_next)                                # δ^_{k+1}
-        return self.alpha / tokens * sum((d * c).sum() for d, c in zip(future, s_next))
+        return self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
 
     def predict(self, s):
         """δ^_k, with a graph for φ over the last `borders` borders; h_g moves on by one border.
 
-        g is a recurrent network too, and its time is the count of borders. It always reads its memory;
-        `borders` says how far back its writing is taught. With borders = 1 it runs once, on s_k, and nothing
-        teaches it what to write for later borders. With borders = K it runs again over the last K borders,
-        from the h_g that it had before the first of them, so that its error also teaches what to write.
+        g is a recurrent network too, and its time is the count of borders. It always reads its memory. With
+        borders = 1 it runs once, on s_k, and is never taught what to store for later. With borders = n it
+        runs again over the last n borders, from the h_g before the first of them, so that its error also
+        teaches what to store.
         """
         self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
         memory = self.past[0][1]                                        # h_g before the first of them
@@ -142,25 +146,26 @@ class Interface:
         return self.g([c.detach() for c in s_next], self.memory)[0]
 
     def learn(self):
-        """Teach g target_k; backward has left target_k / (T B) in s_k.grad. Returns the error before, a mean.
+        """Teach g target_k; backward has left target_k / (T B) in s_k.grad.
 
-        Returns None where nothing was predicted. Raises RuntimeError where credit or backward was not called.
+        Returns g's mean squared error before the update, or None where nothing was predicted. Raises
+        RuntimeError where credit or backward was not called.
         """
-        if not self.pending:
+        if self.pending is None:
             raise RuntimeError("nothing to learn from: call credit() and then backward() before learn()")
-        predicted, s, tokens = self.pending
-        if predicted and any(c.grad is None for c in s):
+        predicted, s, tokens_per_chunk = self.pending
+        if predicted is not None and any(c.grad is None for c in s):
             raise RuntimeError("s has no gradient: call backward() on loss + credit(...) before learn()")
         self.pending = None
-        if not predicted:
+        if predicted is None:
             return None
-        target = [tokens * c.grad for c in s]                           # target_k
+        target = [tokens_per_chunk * c.grad for c in s]                 # target_k
         self.agreement.update(predicted, target)
         return regress(self.optimizer, predicted, target)
 
-    def check(self, s, s_next, inject):
+    def check(self, s, s_next, use_synthetic):
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
-        if self.pending:
+        if self.pending is not None:
             raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
         if any(c.dim() != 2 for c in s_next):
             raise ValueError("s and s_next must be lists of (B, H), one a layer: list(h_n) for nn.GRU's h_n")
@@ -170,7 +175,7 @@ class Interface:
         shapes, next_shapes = ([tuple(c.shape) for c in x or ()] for x in (s, s_next))
         if s and shapes != next_shapes:
             raise ValueError(f"s and s_next must have the same shapes, got {shapes} and {next_shapes}")
-        if inject and not all(c.requires_grad for c in s_next):
+        if use_synthetic and not all(c.requires_grad for c in s_next):
             raise ValueError("s_next must still be in its graph: call credit() before detaching it")
         neurons = sum(c.numel() for c in s_next)
         if self.memory and len(self.memory[0]) != neurons:
@@ -184,14 +189,14 @@ def regress(optimizer, predicted, target):
     optimizer: g's; predicted: δ^_k with its graph; target: target_k, no gradient flows into it.
     Returns the mean squared error before the step, a tensor.
     """
-    error = F.mse_loss(joined(predicted), joined(target).detach())
+    error = F.mse_loss(flatten(predicted), flatten(target).detach())
     optimizer.zero_grad(set_to_none=True)
     error.backward()
     optimizer.step()
     return error.detach()
 
 
-def joined(tensors):
+def flatten(tensors):
     """A list of tensors as one vector of all their N numbers."""
     return torch.cat([t.flatten() for t in tensors])                    # (N,)
 
@@ -207,41 +212,28 @@ class NeuronDNI(nn.Module):
     its own memory, and the number of parameters does not depend on the number of neurons.
     (Departure 1: the authors' code runs g's recurrence ACROSS the neurons, as one sequence of N.)
 
-    hidden_size: 50. window, zoneout: of g's QRNN layer. noise: in training g sees c * (1 + noise * N(0, 1)).
-    last_layer: bound b of the last layer's U(-b, b). 0 makes the first synthetic gradients exactly zero, as
-    DNI does. compile: use the `Compiled` form (qrnn.py) of the same code. generator: where noise and zoneout
-    come from, on the device of the states; None for torch's own, which the model draws from too.
+    The last layer begins at zero, and so do the synthetic gradients, as in DNI.
     """
 
-    def __init__(self, hidden_size=50, window=1, zoneout=0.0, noise=0.0, last_layer=0.0, compile=False,
-                 generator=None):
+    def __init__(self, hidden_size=50):
         super().__init__()
-        self.noise, self.generator = noise, generator
         self.encode = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
-        self.rnn = QRNNLayer(hidden_size, hidden_size, window, zoneout=zoneout)
+        self.rnn = QRNNLayer(hidden_size, hidden_size)
         self.decode = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
-        start_last_layer(self.decode[-1], last_layer)
-        self.compiled = Compiled(self.step) if compile else None
+        begin_at_zero(self.decode[-1])
 
     def forward(self, s, memory=None):
-        """s: list of (B, H_l), one a layer; memory: what the previous border returned, or None for zero.
+        """s: list of (B, H_l), one a layer.
+        memory: what the previous border returned, or None for zero.
 
         Returns the synthetic gradients, a list of the same shapes, and the memory after this border.
         """
         c = torch.cat(s, 1).flatten()[:, None]                          # (N, 1), one stream after the other
-        if self.noise and self.training:
-            c = c * (1 + self.noise * normal_like(c, self.generator))
-        masks = self.rnn.draw(c[None], self.generator)
-        memory = self.rnn.zero_state(c[None]) if memory is None else memory
-        predicted, memory = (self.compiled or self.step)(c, memory, masks)
-        streams, sizes = len(s[0]), [layer.shape[1] for layer in s]
-        return list(predicted.view(streams, -1).split(sizes, 1)), memory
-
-    def step(self, c, memory, masks=None):
-        """g at one border. c: (N, 1) -> the synthetic gradients (N,) and the memory after this border."""
-        x = self.encode(c).to(c.dtype)[None]                            # (1, N, 50)
-        h, memory = self.rnn(x, memory, masks)                          # one step a border
-        return self.decode(h[0]).to(c.dtype).flatten(), memory
+        x = self.encode(c).to(c.dtype)[None]                            # (1, N, 50): one step a border
+        h, memory = self.rnn(x, memory)
+        predicted = self.decode(h[0]).to(c.dtype)                       # (N, 1)
+        sizes = [layer.shape[1] for layer in s]
+        return list(predicted.view(s[0].shape[0], -1).split(sizes, 1)), memory
 
 
 class LayerDNI(nn.Module):
@@ -251,36 +243,27 @@ class LayerDNI(nn.Module):
     for it in parameters: one MLP H_l -> 50 -> 50 -> H_l a layer, about 100 H_l. Streams are its batch; it has
     no memory.
 
-    sizes: H_l of each layer. hidden_size: 0 makes it one linear map H_l -> H_l a layer. The rest as in
-    NeuronDNI.
+    sizes: H_l of each layer.
+    hidden_size: 0 makes it one linear map H_l -> H_l a layer.
     """
 
-    def __init__(self, sizes, hidden_size=50, noise=0.0, last_layer=0.0, generator=None):
+    def __init__(self, sizes, hidden_size=50):
         super().__init__()
-        self.noise, self.generator = noise, generator
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(h, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, h)) if hidden_size else
                                   nn.Sequential(nn.Linear(h, h)) for h in sizes)
         for mlp in self.mlps:
-            start_last_layer(mlp[-1], last_layer)
+            begin_at_zero(mlp[-1])
 
     def forward(self, s, memory=None):
         """As NeuronDNI.forward; the memory stays None."""
-        if self.noise and self.training:
-            s = [c * (1 + self.noise * normal_like(c, self.generator)) for c in s]
         return [mlp(c).to(c.dtype) for mlp, c in zip(self.mlps, s, strict=True)], None
 
 
-def normal_like(x, generator):
-    """Random numbers from N(0, 1) in the shape, type and place of x."""
-    return torch.empty_like(x).normal_(generator=generator)
-
-
-def start_last_layer(linear, bound):
-    """Weights and bias from U(-bound, bound)."""
-    nn.init.uniform_(linear.weight, -bound, bound)
-    nn.init.uniform_(linear.bias, -bound, bound)
+def begin_at_zero(linear):
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
 
 
 # ----------------------------------------------------------------------------------------- does g learn?
@@ -315,18 +298,16 @@ class Agreement:
 
     def reset(self):
         """Forget all that was seen."""
-        self.sums = 0.0
+        self.sums = torch.zeros(4)
 
     def update(self, predicted, target):
         """Take in the predictions and targets of one border, lists of tensors of the same shapes."""
-        p, t = joined(predicted).detach().float(), joined(target).detach().float()
+        p, t = flatten(predicted).detach().float(), flatten(target).detach().float()
         sums = torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])    # stays on the device
-        self.sums = self.sums + sums / len(p)
+        self.sums = self.sums.to(sums.device) + sums / len(p)
 
     def result(self):
         """(cosine, R²) as floats; nan where nothing, or nothing but zeros, was seen."""
-        if isinstance(self.sums, float):
-            return float("nan"), float("nan")
         pt, pp, tt, error = self.sums.cpu().double().unbind()
         return (pt / (pp * tt).sqrt()).item(), (1 - error / tt).item()
 

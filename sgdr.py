@@ -68,9 +68,7 @@ class SGDR(LRScheduler):
 
     eta_min: a number, or a sequence with one a run (the last serves all later runs).
     eta_max: likewise; None takes each parameter group's own learning rate.
-    base, mult, restarts: as in `run_at`.
-    fractional: False uses the whole epochs in E_cur, so that the rate moves only between epochs (the authors'
-    code).
+    base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
 
     step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each
     batch. With one rate for all runs, and mult 1 or 2, the values equal
@@ -78,17 +76,15 @@ class SGDR(LRScheduler):
     synthetic gradients reads `run.index`.
     """
 
-    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), fractional=True,
-                 last_epoch=-1):
-        self.base, self.mult, self.restarts, self.fractional = base, mult, list(restarts), fractional
+    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1):
+        self.base, self.mult, self.restarts = base, mult, list(restarts)
         self.eta_min, self.eta_max = eta_min, eta_max
         super().__init__(optimizer, last_epoch)
 
     @property
     def run(self):
         """The Run of the last step."""
-        moment = self.last_epoch if self.fractional else math.floor(self.last_epoch)
-        return run_at(moment, self.base, self.mult, self.restarts)
+        return run_at(self.last_epoch, self.base, self.mult, self.restarts)
 
     def get_lr(self):
         i, elapsed, length = self.run

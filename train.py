@@ -1,15 +1,13 @@
 """Train the QRNN language model with real gradients, synthetic ones, or both in turn.
 
 Paper
-    Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling". Sources in the
-    settings are its sections, those of AWD (arXiv 1708.02182), QRNN (1611.01576) and DNI (1608.05343), and
-    the "authors' code" published with the paper, where its text says nothing or something else.
+    Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling". Numbers in
+    brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The "authors' code"
+    was published with it. Departures from both are numbered as in experiments/departures.md.
 
 Why alternate? Networks trained with synthetic and with real gradients come to hold different representations.
 The paper hopes that the two in turn show the optimiser more of the landscape, and that a restart of the
-learning rate at each turn lets it leave a minimum for a better one (sections 1 and 2.3).
-
-The four modes decide two things, in `gradient_source` and `make_schedule` below (and a default of --lr):
+learning rate at each turn lets it leave a minimum for a better one (1, 2.3). The mode decides two things:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -20,91 +18,95 @@ The four modes decide two things, in `gradient_source` and `make_schedule` below
 Glossary
     name       symbol     shape          meaning
     chunk      -          (T, B) twice   inputs and targets, T steps of B streams; a border lies between two
-    state      -          [(c, x_prev)]  what crosses a border: of each layer c (B, H) and x_prev (qrnn.py)
-    cells      s_k        [c]            its c's: what an interface sees, and dni.py calls s
+    state      s_k        [(c, x_prev)]  what crosses border k: of each layer c (B, H) and x_prev (qrnn.py)
     dni        g, h_g     -              the interface of dni.py: a network g and its memory h_g
     run        i          -              of SGDR: from one restart of the learning rate to the next
 
-Not here: fine-tuning, dynamic evaluation. What keeps a long training alive: harness/ (`keeper` below).
+Not here: fine-tuning, dynamic evaluation, several processes, checkpoints within an epoch.
 
-`python train.py` trains on the corpus inside Python; `torchrun --nproc-per-node N train.py` in N processes.
+`python train.py` trains on the English inside Python; `python train.py --help` lists the settings.
 """
 
+import argparse
 import contextlib
+import csv
+import ctypes
 import dataclasses
+import datetime
+import itertools
 import math
+import os
 import random
+import signal
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import torch
 
 from data import CORPORA, CorpusError, describe, load_corpus, streams
 from dni import Interface, LayerDNI, NeuronDNI
-from harness import checkpoints, command_line, machine, processes
-from harness.command_line import (ABOVE_0, COUNT, FROM_0, NUMBERS, POSITIVE, RISING, SEED, SHARE, UserError,
-                                  setting)
-from harness.keeper import Keeper, sample
 from qrnn import LanguageModel
 from sgdr import SGDR, per_run
 
 
 # ------------------------------------------------------------------------------------- what the mode decides
 
-SGDR_MODES = ("restart", "alternating")
-
-
-def uses_synthetic(s):
-    """Whether the settings s need an interface at all."""
-    return s.mode in ("dni", "alternating") or (s.mode, s.gradient) == ("restart", "synthetic")
+def uses_synthetic(settings):
+    """Whether these settings need an interface at all."""
+    with_gradient = settings.mode == "restart" and settings.gradient == "synthetic"
+    return settings.mode in ("dni", "alternating") or with_gradient
 
 
 def gradient_source(settings, run, epoch):
-    """At that run and epoch: 'real', the chunk's own gradient, or 'synthetic', which adds g's.
+    """What crosses the borders in that SGDR run, at that moment in epochs: 'real' or 'synthetic' gradients.
 
-    'real' is truncated BPTT. There g goes on learning, from the T true steps alone (departure 21).
+    'real' is truncated BPTT: nothing crosses. g goes on learning, from T true steps alone (departure 21).
     """
     if settings.mode == "alternating":                                  # they take turns (2.3, 3.2)
-        other = "synthetic" if settings.first == "real" else "real"
-        return settings.first if run % 2 == 0 else other
+        return "real" if run % 2 == 0 else "synthetic"
     return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
 
 
 def make_schedule(settings, optimizer):
-    """The SGDR schedule of the modes with restarts; None for those with a constant rate."""
-    if settings.mode in SGDR_MODES:
-        return SGDR(optimizer, settings.e_base, 2, settings.eta_min, settings.eta_max or None,
-                    settings.restarts, fractional=settings.sgdr_step == "batch")
+    """SGDR with its restarts; in the modes with a constant rate one run without end, whose rate never falls."""
+    if settings.mode in ("bptt", "dni"):
+        return SGDR(optimizer, math.inf)
+    return SGDR(optimizer, settings.e_base, 2, settings.eta_min, settings.eta_max or None, settings.restarts)
 
 
 # --------------------------------------------------------------------------------------------------- one step
 
-def cells(state):
-    """[c], a (B, H_l) of every layer, of a state [(c, x_prev)]; None where the state is None."""
-    return state and [c for c, _ in state]
-
-
-def cut(state):
+def detach_state(state):
     """A copy of the state to begin a chunk with: same values, no history; the c's collect a gradient."""
     return [(c.detach().clone().requires_grad_(), x_prev.detach().clone()) for c, x_prev in state]
 
 
-def train_step(model, optimizer, dni, inputs, targets, state, synthetic, settings,
-               mixed=contextlib.nullcontext()):
-    """Learn from one chunk (2.1 and 2.2). Returns its nll and the state that the next one begins with.
+def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, clip,
+               autocast=contextlib.nullcontext()):
+    """Learn from one chunk (2.1 and 2.2).
 
-    inputs, targets: (T, B). state: from `cut`, or None where a text begins. dni: None where there is no
-    g. synthetic: whether g's gradient crosses the border ahead. mixed: an autocast, for the matrix products.
+    dni: an Interface, or None where there is no g.
+    inputs, targets: (T, B) of int64.
+    state: from `detach_state`, or None where a text begins.
+    use_synthetic: whether g's gradient crosses the border ahead.
+    clip: the largest norm of the model's gradient.
+    autocast: a torch.autocast for the matrix products.
+
+    Returns the chunk's mean nll, and the state that the next chunk begins with.
     """
     optimizer.zero_grad(set_to_none=True)
-    with mixed:
+    with autocast:
         # 1. Forward: chunk k, from s_k to s_{k+1}. L_k is the loss with its penalties (departure 20).
-        nll, penalty, new_state = model.loss(inputs, targets, state, settings.activation, settings.temporal)
+        nll, penalty, new_state = model(inputs, targets, state)
         loss = nll + penalty
 
         # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and in synthetic turns for δ^_{k+1}. What is
         #    added to the loss has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is 0 in real turns.
         if dni:
-            loss = loss + dni.credit(cells(state), cells(new_state), inputs.numel(), inject=synthetic)
+            s = None if state is None else [c for c, _ in state]
+            loss = loss + dni.credit(s, [c for c, _ in new_state], inputs.numel(), use_synthetic)
 
     # 3. Backward: θ gets dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B), and s_k.grad target_k / (T B).
     #    This is Eq. 1 as dni.py has it, over T B: there losses are sums, here they are means.
@@ -115,286 +117,415 @@ def train_step(model, optimizer, dni, inputs, targets, state, synthetic, setting
         dni.learn()
 
     # 5. Update θ.
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return nll.detach(), cut(new_state)
+    return nll.detach(), detach_state(new_state)
 
 
-# --------------------------------------------------------------------------------------------------- an epoch
-
-@dataclasses.dataclass
-class Place:
-    """Where a training is."""
-    epoch: int = 0                     # how many epochs are done
-    start: int = 0                     # steps read of the epoch under way: where its next chunk starts
-    total: float | torch.Tensor = 0.0  # nll of these steps, their sum
-    run: int = 0                       # the SGDR run of the last chunk,
-    source: str = "real"               # its gradient source,
-    rate: float = 0.0                  # its learning rate,
-    state: list | None = None          # and the state that it left
-
-    def __str__(self):
-        return (f"time step {self.start} of epoch {self.epoch + 1} (run {self.run}, {self.source} gradients, "
-                f"rate {self.rate:.2e}, perplexity {perplexity(self.total / max(self.start, 1)):.1f})")
-
+# ----------------------------------------------------------------------------------- an epoch, and evaluation
 
 def chunk_borders(length, settings, epoch=0):
     """Yield (start, stop) of the chunks of `length` steps. Jitter depends on seed and epoch alone."""
     draw, stop = random.Random(f"{settings.seed} {epoch}"), 0
     while stop < length:
-        start, steps = stop, settings.bptt
-        if settings.jitter:                                                  # departure 13: the authors' code
+        start, steps = stop, settings.chunk
+        if settings.jitter:                                             # departure 13: the authors' code
             steps = max(5, int(draw.gauss(steps if draw.random() < 0.95 else steps / 2, 5)))
         stop = min(start + steps, length)
         yield start, stop
 
 
-def train_epoch(place, model, optimizer, schedule, dni, text, settings, mixed=contextlib.nullcontext()):
-    """Train on what is left of an epoch. Moves `place` on and yields after each chunk, for the keeper.
+def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast=contextlib.nullcontext()):
+    """One pass over the training text. Returns what a row of log.csv says of it, {column: value}.
 
     text: inputs and targets, (L, B) each. No chunk follows the last one, so nothing is injected there.
+    epoch: how many are done.
+    Raises FloatingPointError for a loss that is not finite: on a CPU at its step, elsewhere at the end.
     """
-    inputs, targets = text
+    # The dropout masks of an epoch depend on its number and the seed alone: so a training can be resumed.
+    torch.manual_seed(random.Random(f"{settings.seed} {epoch}").getrandbits(63))
+    (inputs, targets), (length, _) = text, text[0].shape
+    state, losses, began, shown = None, [], time.monotonic(), 0.0
     model.train()
-    if place.start == 0:                                                # a text begins: nothing is remembered
-        place.total, place.state = 0.0, None
-        if dni:
-            dni.reset()
-            dni.agreement.reset()
-    state = place.state and cut(place.state)                            # a checkpoint has values alone
-    for start, stop in chunk_borders(len(inputs), settings, place.epoch):
-        if start < place.start:                                         # read before an interruption
-            continue
-        now, previous_run = place.epoch + start / len(inputs), place.run          # now: in epochs
-        if schedule:
-            schedule.step(now)
-            place.run = schedule.run.index
-            if settings.reset_optimizer and place.run != previous_run:
-                optimizer.state.clear()
-        place.rate = schedule.get_last_lr()[0] if schedule else settings.lr
-        share = (stop - start) / settings.bptt if settings.jitter else 1
-        optimizer.param_groups[0]["lr"] = place.rate * share
-        place.source = gradient_source(settings, place.run, now)
-        synthetic = place.source == "synthetic" and stop < len(inputs)
+    if dni:
+        dni.reset()
+        dni.agreement.reset()
+    for start, stop in chunk_borders(length, settings, epoch):
+        now = epoch + start / length                                    # in epochs
+        last_run = schedule.run.index
+        schedule.step(now)
+        run, [rate] = schedule.run.index, schedule.get_last_lr()
+        if settings.reset_optimizer and run != last_run:
+            optimizer.state.clear()
+        share = (stop - start) / settings.chunk if settings.jitter else 1
+        optimizer.param_groups[0]["lr"] = rate * share
+        source = gradient_source(settings, run, now)
+        use_synthetic = source == "synthetic" and stop < length
         nll, state = train_step(model, optimizer, dni, inputs[start:stop], targets[start:stop], state,
-                                synthetic, settings, mixed)
-        place.start, place.state, place.total = stop, state, place.total + nll * (stop - start)
-        yield
+                                use_synthetic, settings.clip, autocast)
+        losses.append(nll * (stop - start))                             # stays on the device
+        if nll.device.type == "cpu" and not math.isfinite(nll):
+            break
+        if sys.stdout.isatty() and time.monotonic() - shown > 0.5:
+            shown = time.monotonic()
+            show_progress(epoch, settings.epochs, stop / length, shown - began, nll.item())
+    nll = (sum(losses) / stop).item()
+    if not math.isfinite(nll):
+        raise FloatingPointError(f"the loss is not finite after step {stop} of {length} in epoch {epoch + 1}, "
+                                 f"with {source} gradients in run {run}, at a rate of {rate:.2e}")
+    cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
+    return dict(epoch=epoch + 1, run=run, gradient=source, learning_rate=float(f"{rate:.4e}"),
+                train_perplexity=perplexity(nll), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
 
-
-# ----------------------------------------------------------------------------- evaluation, and the whole loop
 
 @torch.no_grad()
-def evaluate(model, tokens, batch_size, mixed=contextlib.nullcontext(), bptt=200):
+def evaluate(model, tokens, batch_size, autocast=contextlib.nullcontext(), chunk=200):
     """Mean nll in nats of a text, tokens (n,), as streams: state carried, no dropout. (Departure 16.)"""
-    was_training, total, state = model.training, 0.0, None
+    was_training, losses, state = model.training, [], None
     model.eval()
     inputs, targets = streams(tokens, batch_size)
-    for x, y in zip(inputs.split(bptt), targets.split(bptt)):
-        with mixed:
-            nll, _, state = model.loss(x, y, state)
-        total += nll.item() * x.numel()
+    for x, y in zip(inputs.split(chunk), targets.split(chunk)):
+        with autocast:
+            nll, _, state = model.forward(x, y, state)                  # (model(..) may be a compiled form)
+        losses.append(nll * len(x))
     model.train(was_training)
-    return total / inputs.numel()
+    return (sum(losses) / len(inputs)).item()
 
 
 def perplexity(nll):
-    """exp(nll), at most exp(700)."""
-    return math.exp(min(float(nll), 700.0))
-
-
-def train(place, model, optimizer, schedule, dni, text, valid_tokens, settings, mixed, keeper):
-    """Epoch after epoch, from `place` on. The keeper counts them in place.epoch, and may end the training."""
-    def validate():
-        """The validation nll, and a row of log.csv."""
-        keeper.average_sums()
-        valid = evaluate(model, valid_tokens, settings.valid_batch_size, mixed)
-        cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
-        return valid, dict(
-            epoch=f"{place.epoch + place.start / len(text[0]):.6g}", run=place.run, gradient=place.source,
-            learning_rate=float(f"{place.rate:.4e}"),
-            train_perplexity=round(perplexity(place.total / place.start), 3),
-            valid_perplexity=round(perplexity(valid), 3), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
-    every = settings.validate_every * len(text[0])                      # in steps
-    for _ in range(place.epoch, settings.epochs):
-        done = place.start // every
-        for _ in train_epoch(place, model, optimizer, schedule, dni, text, settings, mixed):
-            if place.start // every > done and place.start < len(text[0]):
-                done = place.start // every
-                keeper.log(validate()[1])
-            keeper.step_done()
-            if keeper.enough:                                           # --max-steps
-                break
-        keeper.epoch_done(*validate())
-        if keeper.enough:
-            break
-
-
-# ------------------------------------------------------------------------------------------------------- main
-
-def build(s, vocabulary, device):
-    """Everything that learns: (model, optimizer, dni or None), the same initial model in every mode."""
-    torch.manual_seed(s.seed)
-    dropouts = {name: value for name, value in vars(s).items() if name.startswith("dropout")}
-    model = LanguageModel(vocabulary, s.embedding_size, s.hidden_size, s.num_layers, window=s.window,
-                          zoneout=s.zoneout, compile=s.compile, **dropouts).to(device)
-    fused = {"fused": True} if device in ("cpu", "cuda") else {}
-    optimizer = torch.optim.Adam(model.parameters(), s.lr, (0.9, s.beta2), weight_decay=s.l2, **fused)
-    if not uses_synthetic(s):
-        return model, optimizer, None
-    # Every mode draws the same dropout masks: g leaves torch's generator as it was, and has its own.
-    before, own = machine.random_state(device), torch.Generator(device).manual_seed(s.seed)
-    options = dict(hidden_size=0 if s.dni == "linear" else s.dni_hidden, noise=s.dni_noise,
-                   last_layer=s.dni_last_layer, generator=own)          # 0: one linear map
-    if s.dni == "neuron":
-        g = NeuronDNI(window=s.dni_window, zoneout=s.dni_zoneout, compile=s.compile, **options)
-    else:
-        g = LayerDNI([layer.hidden_size for layer in model.rnn.layers], **options)
-    machine.set_random_state(before, device)
-    g_optimizer = torch.optim.Adam(g.to(device).parameters(), s.dni_lr, weight_decay=s.dni_l2, **fused)
-    return model, optimizer, Interface(g, g_optimizer, s.dni_alpha, s.dni_bptt)
-
-
-def main(argv):
-    """Train, test the best model, return the exit status. Raises CorpusError and those of command_line.py."""
-    s, out, resume = command_line.parse(argv, PRESETS, checkpoints.read_settings, __doc__)
-    if s.data not in CORPORA and Path(s.data).is_dir():
-        s = dataclasses.replace(s, data=str(Path(s.data).resolve()))    # to resume from anywhere
-    device, mixed = machine.prepare(s.device, s.precision)
-    processes.join(device)
-    with processes.first_process_first():                               # it may have to download
-        corpus = load_corpus(s.data, s.data_dir or None, delay=s.bptt + 10)  # recall: beyond a chunk
-    text = streams(corpus.train.to(device), s.batch_size, s.bptt)       # (L, B) twice
-    valid_tokens, test_tokens = corpus.valid.to(device), corpus.test.to(device)
-    streams(valid_tokens, s.valid_batch_size), streams(test_tokens, 1)  # raise where there is too little
-    model, optimizer, dni = build(s, len(corpus.vocabulary), device)
-    schedule, place = make_schedule(s, optimizer), Place()
-    parts, generators = {"model": model, "optimizer": optimizer}, []
-    divided, sums = [(place, "state")], [(place, "total")]              # what is divided among processes
-    if dni:
-        parts, generators = {**parts, "dni": dni.g, "dni_optimizer": dni.optimizer}, [dni.g.generator]
-        divided, sums = [*divided, (dni, "memory"), (dni, "past")], [*sums, (dni.agreement, "sums")]
-    text = processes.own_streams(text, s.seed, generators)              # (L, B / processes) twice
-    keeper = Keeper(s, place, parts, divided, sums, generators, device, len(text[0]), corpus.fingerprint(),
-                    hint="try a lower --lr or --dni-alpha, or with a DNI a lower --dni-lr")
-    keeper.open(out, resume, f"{Path(s.data).name}-{s.mode}")
-    its_dni = f", {s.dni} DNI of {machine.parameters(dni.g):,}" if dni else ""
-    print(*describe(corpus), f"model of {machine.parameters(model):,} parameters{its_dni}; "
-          f"{machine.describe(device, mixed)}; in {keeper.folder}", sep="\n", flush=True)
-    with keeper:
-        train(place, model, optimizer, schedule, dni, text, valid_tokens, s, mixed, keeper)
-    if keeper.rank == 0:
-        keeper.load_best()
-        print("sampled:", *sample(model, corpus.vocabulary), sep="\n  ")
-        loss = evaluate(model, test_tokens, 1, mixed)
-        print(*describe(corpus)[1:], f"bits per token {loss / math.log(2):.4f}",
-              f"test perplexity {perplexity(loss):.2f}", sep="\n")
-    return 0
-
-
-def command(argv=None):
-    """`main`, with what a user can put right told in one line. Returns the exit status."""
-    return command_line.run(main, argv, [CorpusError], "try a lower --batch-size, --bptt or --hidden-size")
+    """exp(nll), at most exp(700), to three decimals."""
+    return round(math.exp(min(nll, 700.0)), 3)
 
 
 # --------------------------------------------------------------------------------------------------- settings
 
-FOR_RESTARTS = (lambda s: s.mode in SGDR_MODES, "--mode restart or alternating")
-FOR_DNI = (uses_synthetic, "--mode dni, alternating, or restart --gradient synthetic")
-FOR_NEURON_DNI = (lambda s: uses_synthetic(s) and s.dni == "neuron", f"--dni neuron, in {FOR_DNI[1]}")
-FOR_HIDDEN = (lambda s: uses_synthetic(s) and s.dni != "linear", f"--dni neuron or layer, in {FOR_DNI[1]}")
+def setting(default, text, values=""):
+    """A field of Settings. text: help, with unit and source. values: the names, or the range, that it can have."""
+    return dataclasses.field(default=default, metadata=dict(text=text, values=values))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every setting: default; unit and source; which values can be; beside which others it has an effect."""
-    mode: str = setting("alternating", "gradients and rate", ("bptt", "dni", "restart", "alternating"))
-    data: str = setting("pydoc", "pydoc, ptb, ptb-chars, wt2, recall, or a folder of train, valid, test.txt")
-    gradient: str = setting("real", "as in mode bptt, or in mode dni (Table 2)", ("real", "synthetic"),
-                            (lambda s: s.mode == "restart", "--mode restart"))
-    first: str = setting("real", "in run 0 (3.2); authors' WT2 commands: synthetic", ("real", "synthetic"),
-                         (lambda s: s.mode == "alternating", "--mode alternating"))
-    dni: str = setting("neuron", "neuron- (2.2) or layer-wise (DNI)", ("neuron", "layer", "linear"), FOR_DNI)
-    epochs: int = setting(15, "passes over the training text; the paper: 320 (3.2)", COUNT)
-    seed: int = setting(42, "of all random numbers (authors' code)", SEED)
+    mode: str = setting("alternating", "gradients and rate", "bptt dni restart alternating")
+    data: str = setting("pydoc", f"{', '.join(CORPORA)}, or a folder of train.txt, valid.txt, test.txt")
+    gradient: str = setting("real", "of mode restart: as in bptt, or as in dni (Table 2)", "real synthetic")
+    epochs: int = setting(15, "passes over the training text; the paper: 320 (3.2)", "at least 1")
+    seed: int = setting(42, "of all random numbers (authors' code)", "from 0 to 2^63 - 1")
     # The model.
-    embedding_size: int = setting(256, "E, also the size of the last layer; authors' code: 400 (AWD)", COUNT)
-    hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)", COUNT)
-    num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)", COUNT)
-    window: int = setting(2, "words the first QRNN layer sees, the others see 1 (AWD's QRNN)", COUNT)
-    dropout_output: float = setting(0.3, "on the last output, locked; authors' code: 0.4 (AWD 4.2)", SHARE)
-    dropout_hidden: float = setting(0.1, "between layers; authors' code: 0.3, WT2 0.2 (AWD 4.2)", SHARE)
-    dropout_input: float = setting(0.1, "on embedded words, locked; authors' code: 0.4 (AWD 4.2)", SHARE)
-    dropout_embedding: float = setting(0.0, "of whole words; authors' code: 0.1 (AWD 4.3)", SHARE)
-    dropout_weight: float = setting(0.0, "on the gates' weights; authors' code: 0.1 (AWD 2)", SHARE)
-    zoneout: float = setting(0.0, "probability that a neuron keeps its value (QRNN 2.1)", SHARE)
-    activation: float = setting(2.0, "activation regularisation, alpha in AWD 4.6", FROM_0)
-    temporal: float = setting(1.0, "temporal activation regularisation, beta in AWD 4.6", FROM_0)
+    embedding_size: int = setting(256, "E, and the size of the last layer; authors' code: 400", "at least 1")
+    hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)", "at least 1")
+    num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)", "at least 1")
+    dropout_output: float = setting(0.3, "on the last output, locked; authors' code: 0.4", "in [0, 1)")
+    dropout_hidden: float = setting(0.1, "between layers, locked; authors' code: 0.3, WT2 0.2", "in [0, 1)")
+    dropout_input: float = setting(0.1, "on embedded words, locked; authors' code: 0.4", "in [0, 1)")
+    dropout_embedding: float = setting(0.0, "of whole words; authors' code: 0.1 (AWD 4.3)", "in [0, 1)")
+    dropout_weight: float = setting(0.0, "on the gates' weights; authors' code: 0.1 (AWD 2)", "in [0, 1)")
     # Optimisation.
-    lr: float = setting(1e-2, "Adam's learning rate; with restarts, where a run begins; authors' code: 1e-3",
-                        POSITIVE, (lambda s: s.mode not in SGDR_MODES or not s.eta_max, "no --eta-max"))
-    beta2: float = setting(0.999, "of Adam; its β1 is 0.9 (Adam's default)", SHARE)
-    l2: float = setting(5e-6, "weight decay added to the gradient; authors' code: 1.2e-6", FROM_0)
-    clip: float = setting(0.25, "largest norm of the gradient; authors' code: 0.2, WT2 0.25", ABOVE_0)
-    batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", COUNT)
-    bptt: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", COUNT)
-    jitter: bool = setting(False, "T from N(bptt, 5), 1 in 20 N(bptt/2, 5), the rate to scale (AWD 4.1)")
+    lr: float = setting(1e-2, "Adam's rate; with restarts a run's first; authors' code: 1e-3", "above 0")
+    l2: float = setting(5e-6, "weight decay added to the gradient; authors' code: 1.2e-6", "0 or more")
+    clip: float = setting(0.25, "largest norm of the gradient; authors' code: 0.2, WT2 0.25", "above 0")
+    batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", "at least 1")
+    chunk: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", "at least 1")
+    jitter: bool = setting(False, "T from N(chunk, 5), 1 in 20 N(chunk/2, 5), the rate to scale (AWD 4.1)")
     # Restarts.
-    e_base: float = setting(5.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2, authors' code)",
-                            POSITIVE, (lambda s: s.mode in SGDR_MODES and not s.restarts,
-                                       f"{FOR_RESTARTS[1]}, without --restarts"))
-    restarts: tuple[float, ...] = setting((), "restart at these epochs; authors' code: 5 10 20 40 80 160 320",
-                                          RISING, FOR_RESTARTS)
-    eta_min: tuple[float, ...] = setting((0.0,), "rate at the end of a run, one for all or one a run (2.1)",
-                                         (lambda xs: xs and NUMBERS[0](xs), "numbers from 0"), FOR_RESTARTS)
-    eta_max: tuple[float, ...] = setting((), "rate at its beginning; none: lr (2.1)", NUMBERS, FOR_RESTARTS)
-    sgdr_step: str = setting("batch", "moves E_cur; authors' code: epoch", ("batch", "epoch"), FOR_RESTARTS)
-    reset_optimizer: bool = setting(False, "forget Adam's moments at a restart", None, FOR_RESTARTS)
+    e_base: float = setting(5.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2)", "above 0")
+    restarts: tuple = setting((), "restart at these epochs; authors' code: 5 10 20 .. 320", "above 0")
+    eta_min: tuple = setting((0.0,), "rate at a run's end, one for all or one a run (2.1)", "0 or more")
+    eta_max: tuple = setting((), "rate at a run's beginning; none: lr (2.1)", "above 0")
+    reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
     # The interface.
-    dni_alpha: float = setting(0.9, "discount α; the paper: none, authors' code: 0.1", FROM_0, FOR_DNI)
-    dni_hidden: int = setting(50, "neurons of g (2.2)", COUNT, FOR_HIDDEN)
-    dni_lr: float = setting(1e-4, "Adam's learning rate for g (experiments/text.py)", POSITIVE, FOR_DNI)
-    dni_bptt: int = setting(1, "K, borders through which g is taught (2.2, text.py)", COUNT, FOR_NEURON_DNI)
-    dni_l2: float = setting(0.0, "weight decay of g; authors' code: 1.2e-6", FROM_0, FOR_DNI)
-    dni_window: int = setting(1, "window of g's QRNN layer; authors' code: 2", COUNT, FOR_NEURON_DNI)
-    dni_zoneout: float = setting(0.0, "zoneout of g's QRNN layer; authors' code: 0.1", SHARE, FOR_NEURON_DNI)
-    dni_noise: float = setting(0.0, "deviation of a factor on g's input; authors' code: 0.5", FROM_0, FOR_DNI)
-    dni_last_layer: float = setting(0.0, "begins in U(-b, b), b = 0 (DNI); authors: 0.1", FROM_0, FOR_DNI)
-    dni_warmup: float = setting(1.0, "epochs in which g learns before it is used (authors' code)", FROM_0,
-                                (lambda s: uses_synthetic(s) and s.mode != "alternating",
-                                 "--mode dni, or restart --gradient synthetic"))
-    # Evaluation and limits.
-    valid_batch_size: int = setting(10, "streams of validation text (authors' code); the test is one", COUNT)
-    validate_every: float = setting(1.0, "epochs from one row of log.csv to the next",
-                                    (lambda x: 0 < x <= 1, "above 0 and at most 1"))
-    max_steps: int = setting(0, "stop after so many steps, 0: never; to try settings out", FROM_0)
+    dni_kind: str = setting("neuron", "neuron-wise (2.2), layer-wise (DNI), or a matrix", "neuron layer linear")
+    dni_alpha: float = setting(0.9, "discount α; the paper: none, authors' code: 0.1", "0 or more")
+    dni_lr: float = setting(1e-4, "Adam's rate for g (text.py); authors' code: 1e-3", "above 0")
+    dni_borders: int = setting(1, "borders through which g is taught (2.2, text.py)", "at least 1")
+    dni_warmup: float = setting(1.0, "epochs in which g learns, unused (authors' code)", "0 or more")
     # The machine.
-    device: str = setting("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    precision: str = setting("auto", "of products; auto: bf16 where it is native", ("auto", "fp32", "bf16"))
-    checkpoint_every: float = setting(10.0, "minutes, within an epoch; 0: after every step", FROM_0)
+    device: str = setting("auto", "where to compute", "auto cpu cuda mps")
+    precision: str = setting("auto", "of products; auto: bf16 where it is native", "auto fp32 bf16")
     compile: bool = setting(False, "torch.compile: the same numbers to rounding, faster after a minute")
-    data_dir: str = setting("", "folder of PTB and WT2; default $QRNN_DATA, else corpora/", None,
-                            (lambda s: s.data in ("ptb", "ptb-chars", "wt2"), "--data ptb, ptb-chars or wt2"))
-
-    MAY_CHANGE = ("epochs", "validate_every", "max_steps", "device", "precision", "checkpoint_every",
-                  "compile", "data_dir")
-
-    def check(self):
-        """Raise UserError where two settings contradict each other."""
-        for i in range(max(len(self.eta_min), len(self.eta_max))):
-            if per_run(self.eta_min, i) > per_run(self.eta_max or self.lr, i):
-                raise UserError(f"--eta-min must be at most --eta-max, or else --lr, in run {i}")
+    data_dir: str = setting("", "folder of PTB and WT2; default $QRNN_DATA, else corpora/")
 
 
-SMALL, CONSTANT = Settings(), Settings(lr=4e-3)                # for two CPU cores; CONSTANT: no restarts
-PAPER = dataclasses.replace(
-    SMALL, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4, dropout_output=0.4,
-    dropout_hidden=0.3, dropout_input=0.4, dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, l2=1.2e-6,
-    clip=0.2, bptt=200, jitter=True, e_base=5.0, dni_alpha=1.0)
-PAPER_WT2 = dataclasses.replace(PAPER, dropout_hidden=0.2, clip=0.25)
-PRESETS = {"small": SMALL, "small --mode bptt": CONSTANT, "small --mode dni": CONSTANT,
-           "paper": PAPER, "paper --data wt2": PAPER_WT2}
+# What may change when a training is resumed. (A corpus is known by its words, not by its place.)
+MAY_CHANGE = ("epochs", "data", "device", "precision", "compile", "data_dir")
+
+
+def preset(name, mode, data):
+    """The settings that flags are put on: 'small', for two CPU cores, or 'paper', for a GPU."""
+    if name == "small":
+        return Settings(mode=mode, data=data, lr=4e-3 if mode in ("bptt", "dni") else 1e-2)
+    wt2 = data == "wt2"
+    return Settings(mode=mode, data=data, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4,
+                    dropout_output=0.4, dropout_hidden=0.2 if wt2 else 0.3, dropout_input=0.4,
+                    dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, l2=1.2e-6, clip=0.25 if wt2 else 0.2,
+                    chunk=200, jitter=True, dni_alpha=1.0)
+
+
+class UserError(ValueError):
+    """Something only the user can put right, in one line. It ends the program with status 2."""
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check(settings, given):
+    """Raise UserError for what cannot be, and for a setting given that has no effect beside the others."""
+    for field in dataclasses.fields(settings):
+        value, values = getattr(settings, field.name), field.metadata["values"]
+        for x in value if isinstance(value, tuple) else (value,):
+            if not isinstance(x, str) and not {
+                    "": True, "at least 1": x >= 1, "in [0, 1)": 0 <= x < 1, "0 or more": 0 <= x < math.inf,
+                    "above 0": x > 0, "from 0 to 2^63 - 1": 0 <= x < 2 ** 63}[values]:
+                raise UserError(f"{flag(field.name)} must be {values}, got {x}")
+    sgdr, dni, low = settings.mode in ("restart", "alternating"), uses_synthetic(settings), settings.eta_min
+    high = settings.eta_max or (settings.lr,)
+    if not low or any(per_run(low, i) > per_run(high, i) for i in range(max(len(low), len(high)))):
+        raise UserError(f"--eta-min, {low}, must be at most --eta-max, or else --lr, {high}, in each run")
+    if list(settings.restarts) != sorted(set(settings.restarts)):
+        raise UserError(f"--restarts must rise, got {settings.restarts}")
+    for names, has_effect, needed in (
+            ("gradient", settings.mode == "restart", "--mode restart"),
+            ("lr", not (sgdr and settings.eta_max), "a training without --eta-max"),
+            ("e_base", sgdr and not settings.restarts, "a mode with restarts, without --restarts"),
+            ("restarts eta_min eta_max reset_optimizer", sgdr, "--mode restart or alternating"),
+            ("dni_kind dni_alpha dni_lr", dni, "a mode with synthetic gradients"),
+            ("dni_borders", dni and settings.dni_kind == "neuron", "synthetic gradients of --dni-kind neuron"),
+            ("dni_warmup", dni and settings.mode != "alternating", "--mode dni, or restart --gradient synthetic"),
+            ("data_dir", settings.data in ("ptb", "ptb-chars", "wt2"), "--data ptb, ptb-chars or wt2")):
+        for name in set(names.split()) & set(given):
+            if not has_effect:
+                raise UserError(f"{flag(name)} has no effect here: it needs {needed}")
+
+
+def parse(argv):
+    """Command line -> (settings, output folder or None, checkpoint to go on from or None)."""
+    parser = argparse.ArgumentParser("train.py", "python train.py [FLAGS], listed by --help",
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=("small", "paper"), help="settings that flags are put on [small]")
+    parser.add_argument("--out", type=Path, help="folder for log.csv and checkpoint.pt [new, in trainings/]")
+    parser.add_argument("--resume", type=Path, help="go on with the training in this folder, or begin it there; "
+                                                    f"what may change: {' '.join(map(flag, MAY_CHANGE))}")
+    for field in dataclasses.fields(Settings):
+        kind, values = type(field.default), field.metadata["values"]
+        options = {bool: dict(action=argparse.BooleanOptionalAction),
+                   tuple: dict(type=float, nargs="*", metavar="X"),
+                   str: dict(choices=values.split() or None)}.get(kind, dict(type=kind, metavar="X"))
+        text = f"{field.metadata['text']} [{field.default}]".replace("%", "%%")
+        parser.add_argument(flag(field.name), help=text, **options)
+    flags = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+    preset_name, out, resume = (flags.pop(name, None) for name in ("preset", "out", "resume"))
+    if flags.get("data", "pydoc") not in CORPORA and Path(flags["data"]).is_dir():
+        flags["data"] = str(Path(flags["data"]).resolve())              # to resume from anywhere
+    if out and resume and out.resolve() != resume.resolve():
+        raise UserError("--out and --resume must name one folder: copy the old one and resume the copy")
+    if out and not resume and any((out / name).exists() for name in ("log.csv", "checkpoint.pt")):
+        raise UserError(f"{out} already holds a training: go on with --resume {out}, or name another --out")
+    old, checkpoint = {}, None
+    if resume and (resume / "checkpoint.pt").exists():
+        checkpoint = load_checkpoint(resume / "checkpoint.pt")
+        old = checkpoint["settings"]
+    base = {**vars(Settings()), **old, **flags}
+    start = preset(preset_name or "small", base["mode"], base["data"])
+    given = {**vars(start), **flags} if preset_name else flags          # a preset given counts as flags given
+    for name in set(old) & set(given) - set(MAY_CHANGE):
+        if old[name] != given[name]:
+            raise UserError(f"{resume} holds a training with {flag(name)} {old[name]}, not {given[name]}")
+    settings = dataclasses.replace(start, **{**old, **given})
+    check(settings, flags)
+    return settings, out or resume, checkpoint
+
+
+# ------------------------------------------------------------------------------------ what keeps a training
+#
+# A checkpoint is made between two epochs and nowhere else. There a training has no state, no memory h_g and no
+# sum that is half done: an epoch begins without, and with random numbers of its own.
+
+def load_checkpoint(path):
+    """What `save_checkpoint` wrote: tensors and plain values, for nothing in the file can run code."""
+    try:
+        if zipfile.ZipFile(path).testzip():                             # reads all and compares the checksums
+            raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if set(checkpoint["settings"]) != set(vars(Settings())):
+            raise KeyError
+    except Exception as error:                                          # torch.load raises half a dozen kinds
+        raise UserError(f"{path} cannot be read as a checkpoint of this version of train.py: damaged, or "
+                        f"another kind of file ({type(error).__name__})") from None
+    return checkpoint
+
+
+def save_checkpoint(folder, checkpoint):
+    """Write checkpoint.pt beside the old one and rename it over, so that one is always whole; then log.csv."""
+    path, partial = folder / "checkpoint.pt", folder / "checkpoint.pt.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:                                       # what torch makes of a full disk
+        raise UserError(f"{path} cannot be written ({error}); what was there before is unharmed") from None
+    finally:
+        partial.unlink(missing_ok=True)                                 # give a full disk its room back
+    rows = checkpoint["rows"]
+    lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+
+
+def pick_device(name, precision):
+    """Device for "cpu", "cuda", "mps" or "auto"; torch.autocast for "fp32", "bf16" or "auto", bf16 where native.
+
+    Raises UserError for a device that is not there.
+    """
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *there):
+        raise UserError(f"--device {name}: PyTorch sees no such device here; there is {', '.join(there)}")
+    device, native = there[0] if name == "auto" else name, False
+    if device == "cpu":
+        native = any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
+    elif device == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        torch.set_float32_matmul_precision("high")                      # TF32 in products that are not in bf16
+    bf16 = precision == "bf16" or (precision == "auto" and native)
+    return device, torch.autocast(device, torch.bfloat16, bf16)
+
+
+def keep_freed_memory():
+    """Ask glibc to keep the memory that a step frees, for the next step takes the same again.
+
+    As it comes, every large tensor is a mapping of its own that goes back to the kernel when freed, and whose
+    pages of 4 KB are cleared and mapped one by one when it is next wanted.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:                                                         # else: not Linux, or not glibc
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):
+            mallopt(parameter, value)
+
+
+def compile_modules(modules):
+    """Train with torch.compile's form of them, for all T and B. Where that does not work, say so, and do not."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2))                         # is there a compiler?
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"train.py: no --compile here, so the plain form goes on: {reason}", file=sys.stderr)
+        return
+    for module in modules:
+        module.compile(dynamic=True)
+
+
+def show_progress(epoch, epochs, share, seconds, nll):
+    """One line that rewrites itself: `share` of an epoch is done, which has taken so many seconds."""
+    left = datetime.timedelta(seconds=int(seconds / share * (epochs - epoch - share)))
+    print(f"\r\033[Kepoch {epoch + share:.2f} of {epochs}  perplexity {perplexity(nll)}  {left} left", end="")
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def build(settings, vocabulary_size, device):
+    """Everything that learns, (model, optimizer, dni or None), with the same first model in every mode."""
+    torch.manual_seed(settings.seed)
+    dropouts = {name: value for name, value in vars(settings).items() if name.startswith("dropout")}
+    model = LanguageModel(vocabulary_size, settings.embedding_size, settings.hidden_size, settings.num_layers,
+                          **dropouts).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.l2, fused=True)
+    if not uses_synthetic(settings):
+        return model, optimizer, None
+    sizes, g = [layer.hidden_size for layer in model.rnn.layers], NeuronDNI()
+    if settings.dni_kind != "neuron":
+        g = LayerDNI(sizes, hidden_size=50 if settings.dni_kind == "layer" else 0)
+    g_optimizer = torch.optim.Adam(g.to(device).parameters(), settings.dni_lr, fused=True)
+    return model, optimizer, Interface(g, g_optimizer, settings.dni_alpha, settings.dni_borders)
+
+
+def train(argv):
+    """Train, test the best model, return the exit status. Raises UserError and CorpusError."""
+    settings, folder, checkpoint = parse(argv)
+    keep_freed_memory()
+    device, autocast = pick_device(settings.device, settings.precision)
+    corpus = load_corpus(settings.data, settings.data_dir or None, settings.chunk + 10)
+    text = streams(corpus.train.to(device), settings.batch_size, settings.chunk)        # (L, B) twice
+    valid_tokens, test_tokens, valid_streams = corpus.valid.to(device), corpus.test.to(device), 10
+    streams(valid_tokens, valid_streams)                                # raises where there is too little
+    model, optimizer, dni = build(settings, len(corpus.vocabulary), device)
+    schedule = make_schedule(settings, optimizer)
+    learners = [model, optimizer, schedule] + ([dni.g, dni.optimizer] if dni else [])
+    networks = [model] + ([dni.g] if dni else [])
+    rows, best = [], dict(nll=math.inf)
+    if checkpoint:
+        if checkpoint["fingerprint"] != corpus.fingerprint():
+            raise UserError(f"{folder} was trained on another text than --data {settings.data}")
+        rows, best = checkpoint["rows"], checkpoint["best"]
+        for learner, learned in zip(learners, checkpoint["learners"], strict=True):
+            learner.load_state_dict(learned)
+        save_checkpoint(folder, checkpoint)                             # so that log.csv has its rows
+    if folder is None:
+        numbered = (Path("trainings", f"{Path(settings.data).name}-{settings.mode}-{n}") for n in itertools.count(1))
+        folder = next(path for path in numbered if not path.exists())
+    if settings.compile:
+        compile_modules(networks)
+    parameters = " and ".join(f"{sum(p.numel() for p in network.parameters()):,}" for network in networks)
+    print(*describe(corpus), f"{parameters} parameters; {device}, {torch.get_num_threads()} threads, products in "
+          f"{'bf16' if autocast._enabled else 'fp32'}; {folder}, {len(rows)} epochs done", sep="\n", flush=True)
+
+    began, saved = time.monotonic() - (rows[-1]["seconds"] if rows else 0), 0.0
+    try:
+        for epoch in range(len(rows), settings.epochs):
+            row = train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast)
+            nll = evaluate(model, valid_tokens, valid_streams, autocast)
+            if not all(p.isfinite().all() for network in networks for p in network.parameters()):
+                raise FloatingPointError(f"a weight is not finite after epoch {epoch + 1}")
+            if nll < best["nll"]:
+                best = dict(nll=nll, model={name: w.clone() for name, w in model.state_dict().items()})
+            rows.append({**row, "valid_perplexity": perplexity(nll), "seconds": round(time.monotonic() - began, 1)})
+            # On a GPU, where an epoch may last a second, not every time.
+            if device == "cpu" or time.monotonic() - saved > 60 or epoch + 1 == settings.epochs:
+                save_checkpoint(folder, dict(
+                    settings=vars(settings), vocabulary=corpus.vocabulary, fingerprint=corpus.fingerprint(),
+                    rows=rows, best=best, learners=[learner.state_dict() for learner in learners]))
+                saved = time.monotonic()
+            clear = "\r\033[K" if sys.stdout.isatty() else ""
+            print(clear + "  ".join(f"{name} {value}" for name, value in rows[-1].items() if value == value), flush=True)
+    except FloatingPointError as error:
+        print(f"\ntrain.py: stopped: {error}; try a lower --lr or --dni-alpha; {folder} holds the epochs before",
+              file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted in epoch {len(rows) + 1}; go on with: python train.py --resume {folder}", flush=True)
+        return interrupt.args[0] if interrupt.args else 130
+    model.load_state_dict(best["model"])
+    nll = evaluate(model, test_tokens, 1, autocast)
+    print(*describe(corpus)[1:], f"bits per token {nll / math.log(2):.4f}",
+          f"test perplexity {perplexity(nll):.2f}", sep="\n")
+    return 0
+
+
+def terminated(number, _):
+    """SIGTERM does what Ctrl-C does."""
+    raise KeyboardInterrupt(128 + number)
+
+
+def main(argv=None):
+    """`train`, with what a user can put right told in one line. Returns the exit status."""
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        return train(argv)
+    except (UserError, CorpusError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:                        # torch's out-of-memory is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        message = f"out of memory ({reason}); try a lower --batch-size, --chunk or --hidden-size"
+    except KeyboardInterrupt as interrupt:
+        return interrupt.args[0] if interrupt.args else 130
+    print(f"train.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    raise SystemExit(command())
+    raise SystemExit(main())
