@@ -35,8 +35,8 @@ SPLITS = ("train", "valid", "test")
 ENVIRONMENT = "QRNN_DATA"
 
 
-class CorpusError(ValueError):
-    """A corpus that cannot be found, read or used. The message is one line that says what to do."""
+class UserError(ValueError):
+    """Something that only the user can put right. The message is one line that says what to do."""
 
 
 def streams(tokens, batch_size, chunk=1):
@@ -51,11 +51,11 @@ def streams(tokens, batch_size, chunk=1):
         d h l p t x      e i m q u y
 
     targets[t, b] follows inputs[t, b]. Column b + 1 goes on where column b ends. The remainder (z) is left
-    out. Raises CorpusError where L is below `chunk`, the length T of a chunk.
+    out. Raises UserError where L is below `chunk`, the length T of a chunk.
     """
     length = (len(tokens) - 1) // batch_size
     if length < chunk:
-        raise CorpusError(f"{len(tokens)} tokens are too few for {batch_size} streams: {length} steps each, "
+        raise UserError(f"{len(tokens)} tokens are too few for {batch_size} streams: {length} steps each, "
                           f"less than one chunk of {chunk}; use fewer streams, shorter chunks or more text")
     n = length * batch_size
     return tuple(part.view(batch_size, length).t().contiguous() for part in (tokens[:n], tokens[1:n + 1]))
@@ -95,7 +95,7 @@ def from_lines(name, splits, min_count=1):
 
 
 def load_corpus(name, data_dir=None, delay=80):
-    """Read, download or make a Corpus. Raises CorpusError where that is impossible.
+    """Read, download or make a Corpus. Raises UserError where that is impossible.
 
     name       one of CORPORA, or a folder
     data_dir   the data folder, for the files of ptb and wt2; by default $QRNN_DATA or ./corpora
@@ -111,13 +111,13 @@ def load_corpus(name, data_dir=None, delay=80):
             # -sig: the byte order mark of some editors is no part of the first word.
             text[split] = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")]
             if not any(text[split]):
-                raise CorpusError(f"{path} holds no words")
+                raise UserError(f"{path} holds no words")
             if not text[split][-1]:
                 text[split].pop()
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
     except OSError as error:
-        raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     if name == "ptb-chars":
         text = {split: [list("_".join(words)) for words in text[split]] for split in SPLITS}
     return from_lines(name if name in CORPORA else Path(name).resolve().name, text)
@@ -147,7 +147,7 @@ def find(name, data_dir):
     paths = {split: Path(name, f"{split}.txt") for split in SPLITS}
     if name not in CORPORA:
         if missing := " and no ".join(path.name for path in paths.values() if not path.is_file()):
-            raise CorpusError(f"{name} has no {missing}; use {', '.join(CORPORA)} or a folder with all three")
+            raise UserError(f"{name} has no {missing}; use {', '.join(CORPORA)} or a folder with all three")
         return paths
     name = name.removesuffix("-chars")
     root = Path(data_dir or os.environ.get(ENVIRONMENT) or Path(__file__).resolve().parent / "corpora")
@@ -166,7 +166,7 @@ def find(name, data_dir):
 
 
 def download(url, path, expected):
-    """Fetch the file of the SHA-256 `expected` to `path`. Raises CorpusError, and then leaves nothing."""
+    """Fetch the file of the SHA-256 `expected` to `path`. Raises UserError, and then leaves nothing."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     # From the nearest folder that exists, moving the file into place is one renaming.
@@ -177,7 +177,7 @@ def download(url, path, expected):
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(f"{folder}/{path.name}", path)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise CorpusError(f"could not download {path.name} from {url} ({error}); put the file there by hand "
+        raise UserError(f"could not download {path.name} from {url} ({error}); put the file there by hand "
                           f"as {path}, or name its folder in ${ENVIRONMENT}") from None
     finally:
         socket.setdefaulttimeout(timeout)

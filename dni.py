@@ -346,39 +346,25 @@ def two_chunks():
           "Only chunk 2 can know δ. A DNI predicts it when chunk 1 ends.\n")
 
 
-def episodes(steps, B, K=4, fillers=8):
-    """Inputs and targets (steps, B). An episode is one of K symbols, 9 random fillers, a query, the symbol.
+def train_recall(text, make_g, updates=1000, T=10, H=64):
+    """Train a QRNN to recall a symbol. The shares of right answers in the last 50 updates of each quarter.
 
-    Only the answer counts: the other targets are -100. (data.py has the same language as a corpus.)
-    """
-    t = torch.arange(steps)[:, None] + torch.arange(B)                  # each stream starts one step later
-    place = t % 12                                                      # 0: the symbol, 10: the query
-    symbol = torch.randint(K, (steps, B)).gather(0, (t - place) % steps)         # one an episode
-    inputs = torch.randint(K, K + fillers, (steps, B))
-    inputs = torch.where((place == 0) | (place == 11), symbol, inputs).masked_fill(place == 10, K + fillers)
-    return inputs, symbol.masked_fill(place != 10, -100)
-
-
-def answers(kind, updates=2000, T=10, B=24, H=64):
-    """Train a QRNN on `episodes`. The shares of right answers in the last 50 updates of each quarter.
-
-    kind: makes a g; None for truncated BPTT.
-    The symbol is shown 10 steps before the query, so that one border of chunks of T = 10 lies between them.
+    text: inputs and targets, (updates T, B) each; only the answers count, the other targets are -100.
+    make_g: makes a g; None for truncated BPTT.
     """
     torch.manual_seed(0)
-    dni = kind and Interface(kind())
-    torch.manual_seed(0)                                                # the same model and text for all
-    inputs, targets = episodes(updates * T, B)
+    dni = Interface(make_g()) if make_g else None
+    torch.manual_seed(0)                                                # the same model for all
     embed, rnn, decode = nn.Embedding(13, H), QRNN(H, H), nn.Linear(H, 13)
     nn.init.constant_(rnn.layers[0].bias[H:2 * H].data, 2.0)            # forget little
     model = nn.ModuleList([embed, rnn, decode])
     optimizer, state, right = torch.optim.Adam(model.parameters(), 3e-3), None, []
-    for x, y in zip(inputs.split(T), targets.split(T)):
+    for x, y in zip(*(part.split(T) for part in text)):
         h, [(c, x_prev)] = rnn(embed(x), state)
         logits = decode(h)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / (T * B)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.numel()
         if dni:
-            loss = loss + dni.credit(state and [state[0][0]], [c], T * B)
+            loss = loss + dni.credit([state[0][0]] if state else None, [c], y.numel())
         optimizer.zero_grad()
         loss.backward()
         if dni:
@@ -407,13 +393,16 @@ def agreement_after(borders, gradient):
 
 
 if __name__ == "__main__":
+    from data import episodes                                           # a symbol, 9 fillers, a query, the symbol
+
     two_chunks()
     print("Recall a symbol that was shown one chunk before. The share of right answers (chance: 0.25) after\n"
-          "  updates             500  1000  1500  2000")
-    for name, kind in (("truncated BPTT", None), ("layer-wise DNI", lambda: LayerDNI([64])),
-                       ("neuron-wise DNI", NeuronDNI)):
-        print(f"  {name:17}", "  ".join(f"{share:.2f}" for share in answers(kind)), flush=True)
-    print("Truncated BPTT is above chance: a trace of the symbol is left in the state.")
+          "  updates             250   500   750  1000")
+    text = episodes(delay=9, steps=10_000, batch_size=24, answers_only=True)
+    for name, make_g in (("truncated BPTT", None), ("layer-wise DNI", lambda: LayerDNI([64]))):
+        print(f"  {name:17}", "  ".join(f"{share:.2f}" for share in train_recall(text, make_g)), flush=True)
+    print("Truncated BPTT is above chance: a trace of the symbol is left in the state. The neuron-wise DNI needs\n"
+          "more updates, and does not always succeed (experiments/recall.py).")
     print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
     for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
                            ("a coin toss", lambda c: torch.randn_like(c).sign())):

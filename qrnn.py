@@ -7,7 +7,6 @@ at once. The recurrence that remains, f_t * c_{t-1}, is one multiplication per n
 Papers
     QRNN     Bradbury, Merity, Xiong, Socher 2016, "Quasi-Recurrent Neural Networks", arXiv 1611.01576
     AWD      Merity, Keskar, Socher 2017, "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182
-    Sizes    Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling"
 
 Glossary
     name       symbol   shape          meaning
@@ -34,14 +33,12 @@ from torch import nn
 
 
 # ---------------------------------------------------------------------------- the recurrence and its gradient
-
 def pool_loop(f, z, c0):
     """The QRNN's only recurrence, which its paper calls pooling, as on a blackboard (QRNN, Eq. 3).
 
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t
 
-    f, z: (T, B, H). c0: (B, H). Returns c_1 .. c_T as (T, B, H). Autograd does the backward pass, one step at
-    a time; `pool` below is the same function, faster.
+    f, z: (T, B, H). c0: (B, H). Returns c_1 .. c_T (T, B, H). `pool` below is the same function, faster.
     """
     c, states = c0, []
     for f_t, z_t in zip(f, z):
@@ -50,8 +47,8 @@ def pool_loop(f, z, c0):
     return torch.stack(states)                                          # (T, B, H)
 
 
-# torch.compile would unroll the loops of `Pool`, for every T anew. So to it each is one operation, with a name
-# that is still free (another copy of this file may be at work).
+# torch.compile would unroll the loops of `Pool`, for every T anew. So to it each is one operation, under a
+# name that is still free, for another copy of this file may be at work.
 NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
 
 
@@ -68,9 +65,8 @@ class Pool(torch.autograd.Function):
 
         dL/df_t = r_t (c_{t-1} - z_t),    dL/dz_t = r_t (1 - f_t),    dL/dc_0 = f_1 r_1
 
-    dL/dc_0, the gradient that leaves the chunk through its left border, is what truncated backpropagation
-    throws away. It is the G_next of the chunk before: what a decoupled neural interface (dni.py) learns to
-    predict.
+    dL/dc_0, which leaves the chunk through its left border, is what truncated backpropagation throws away. It
+    is the G_next of the chunk before: what a decoupled neural interface (dni.py) learns to predict.
     """
 
     @torch.library.custom_op(f"{NAME}::pool", mutates_args=())
@@ -82,10 +78,7 @@ class Pool(torch.autograd.Function):
         for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
             torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                # f c + (1 - f) z
         return c
-
-    @states.register_fake
-    def _(f, z, c0):
-        return z.new_empty(z.shape[0] + 1, *c0.shape)
+    states.register_fake(lambda f, z, c0: z.new_empty(z.shape[0] + 1, *c0.shape))
 
     @torch.library.custom_op(f"{NAME}::pool_backward", mutates_args=())
     def gradients(G: torch.Tensor, G_next: torch.Tensor, f: torch.Tensor, z: torch.Tensor,
@@ -97,14 +90,12 @@ class Pool(torch.autograd.Function):
         for t in range(r.shape[0] - 2, -1, -1):
             torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])   # r_t = G_t + f_{t+1} r_{t+1}
         return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]
-
-    @gradients.register_fake
-    def _(G, G_next, f, z, c):
-        return f.new_empty(f.shape), z.new_empty(z.shape), G_next.new_empty(G_next.shape)
+    gradients.register_fake(lambda G, G_next, f, z, c: (
+        f.new_empty(f.shape), z.new_empty(z.shape), G_next.new_empty(G_next.shape)))
 
     @staticmethod
     def forward(ctx, f, z, c0):
-        c = Pool.states(f, z, c0)
+        c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
         return c[1:], c[-1].clone()                                     # c_T apart: a tensor of its own
 
@@ -112,14 +103,14 @@ class Pool(torch.autograd.Function):
     def backward(ctx, G, G_next):
         if torch.is_grad_enabled():
             raise RuntimeError("pool has no second derivative (create_graph=True): use pool_loop instead")
-        return Pool.gradients(G, G_next, *ctx.saved_tensors)
+        return pool_gradients(G, G_next, *ctx.saved_tensors)
+
+
+pool_states, pool_gradients = Pool.states, Pool.gradients               # where torch.compile looks for them
 
 
 def pool(f, z, c0):
-    """The same function as `pool_loop`. Returns c_1 .. c_T and, apart, c_T (B, H), which the next chunk needs.
-
-    Raises RuntimeError where a second derivative is asked for.
-    """
+    """As `pool_loop`. Returns c_1 .. c_T and, apart, c_T (B, H). A second derivative is a RuntimeError."""
     if f.shape[0] == 1:                                                 # no loop to save
         c = f * c0 + (1 - f) * z
         return c, c[0].clone()
@@ -127,19 +118,16 @@ def pool(f, z, c0):
 
 
 # ----------------------------------------------------------------------------------------------------- layers
-
 class QRNNLayer(nn.Module):
     """One QRNN layer (QRNN, section 2).
 
-        z_t = tanh(W_z x_{..t} + b_z)          candidate and gates see a window of inputs, x_t the last of
-        f_t = sigmoid(W_f x_{..t} + b_f)       them, and no state: so all three, for all t, are ONE matrix
-        o_t = sigmoid(W_o x_{..t} + b_o)       product
+        z_t = tanh(W_z x_{..t} + b_z)          candidate and gates see a window of inputs, x_t its last,
+        f_t = sigmoid(W_f x_{..t} + b_f)       and no state: so all three, for all t, are ONE matrix product
+        o_t = sigmoid(W_o x_{..t} + b_o)
         c_t = f_t c_{t-1} + (1 - f_t) z_t      pooling
         h_t = o_t c_t                          the output ("fo-pooling")
 
-    input_size: I, at least 1.
-    hidden_size: H, at least 1.
-    window: how many inputs the gates see, at least 1.
+    input_size, hidden_size, window: I, H, and how many inputs the gates see; at least 1 each.
     zoneout: in [0, 1], the probability that a neuron keeps its old value at a step, f_t = 1 (QRNN 2.1). When
         evaluating, the expected gate is used, f_t = zoneout + (1 - zoneout) f_t.
     weight_dropout: in [0, 1), dropout on the weights, one mask a call (AWD, section 2).
@@ -165,7 +153,7 @@ class QRNNLayer(nn.Module):
         expected = (B, self.hidden_size), (self.window - 1, B, self.input_size)
         c0, x_prev = map(x.new_zeros, expected) if state is None else state
         if (c0.shape, x_prev.shape) != expected:
-            raise ValueError(f"state (c, x_prev): expected {expected}, got {tuple(c0.shape)}, {tuple(x_prev.shape)}")
+            raise ValueError(f"c, x_prev: expected {expected}, got {tuple(c0.shape)}, {tuple(x_prev.shape)}")
         windows = x                                                     # (T, B, window I)
         if self.window > 1:
             inputs = torch.cat([x_prev, x])                             # (window - 1 + T, B, I)
@@ -186,13 +174,12 @@ class QRNNLayer(nn.Module):
 
 def locked_dropout(x, p, training=True):
     """Dropout with one mask (1, B, H) for all steps of a chunk (AWD, 4.2). x: (T, B, H); same shape out."""
-    if not training or p == 0:
-        return x
-    return x * F.dropout(x.new_ones(1, *x.shape[1:]), p)
+    return x * F.dropout(x.new_ones(1, *x.shape[1:]), p) if training and p > 0 else x
 
 
 class QRNN(nn.Module):
     """A stack of QRNN layers, with the arguments of torch.nn.LSTM. (Its state is another: see the glossary.)
+    `qrnn.compile(dynamic=True)` is torch.compile's form of the same code, faster, for all T and B.
 
     input_size: I.
     hidden_size: H of each of num_layers layers; or a list with one size a layer, and num_layers is ignored.
@@ -200,8 +187,6 @@ class QRNN(nn.Module):
     dropout: between layers, not after the last. Unlike nn.LSTM's the mask is the same at all steps.
     window: that of every layer, or a list with one a layer.
     zoneout, weight_dropout: as in QRNNLayer.
-
-    `qrnn.compile(dynamic=True)` makes it faster: torch.compile's form of the same code, for all T and B.
     """
 
     def __init__(self, input_size, hidden_size, num_layers=1, *, batch_first=False, dropout=0.0, window=1,
@@ -232,21 +217,17 @@ class QRNN(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------- language model
-
 class LanguageModel(nn.Module):
-    """Embedding -> QRNN stack -> decoder tied to the embedding, regularised as in AWD (paper, section 3).
-
-    (The paper says four layers of 1550; here, as in AWD, the last has size E: departure 19.)
+    """Embedding -> QRNN stack -> decoder tied to the embedding, regularised as in AWD.
 
     vocabulary_size: V, how many words.
     embedding_size: E.
-    hidden_size: H of all layers but the last, which is E, so that decoder and embedding can be one matrix.
+    hidden_size: H of all layers but the last, whose size is E, for decoder and embedding are one matrix.
     num_layers: at least 1.
-    window: inputs that the gates of the first layer see; those of the others see 1, as in AWD's QRNN.
-    dropout_embedding, dropout_input, dropout_hidden, dropout_output, dropout_weight: each in [0, 1); of whole
-        words, of the stack's input, between layers, of its output (these three are locked), and of the gates'
-        weights.
-    activation, temporal: weights of the two penalties, AWD's values; see `forward`.
+    window: of the first layer; that of the others is 1, as in AWD's QRNN.
+    dropout_input, dropout_hidden, dropout_output: in [0, 1), before, within and after the stack; locked.
+    dropout_embedding, dropout_weight: in [0, 1), of whole words and of the gates' weights.
+    activation, temporal: weights of the two penalties in `forward`; AWD's.
     """
 
     def __init__(self, vocabulary_size, embedding_size=400, hidden_size=1550, num_layers=4, *, window=2,
@@ -264,19 +245,18 @@ class LanguageModel(nn.Module):
         self.activation, self.temporal = activation, temporal
 
     def logits(self, tokens, state=None):
-        """tokens: (T, B) of int64. Returns the logits of each next token (T, B, V) and the state."""
+        """tokens: (T, B) of int64. Returns the logits of each next token (T, B, V), and the state."""
         logits, _, _, state = self.read(tokens, state)
         return logits, state
 
     def forward(self, tokens, targets, state=None):
         """The loss of one chunk: training minimises nll + penalty.
-
         tokens: (T, B) of int64.
         targets: (T, B), the token after each; -100 where it is not counted.
         state: as in QRNN.
         Returns (nll, penalty, state). nll is the cross-entropy in nats, a mean over the tokens counted.
-        penalty is AWD's (4.6), of the stack's output h and of the same after dropout, h':
-        activation * mean(h'^2) + temporal * mean((h_{t+1} - h_t)^2), means over all their numbers.
+        penalty is activation * mean(h'^2) + temporal * mean((h_{t+1} - h_t)^2), of the stack's output h and
+        of the same after dropout, h' (AWD, 4.6).
         """
         if tokens.shape != targets.shape:
             raise ValueError(f"targets: expected {tuple(tokens.shape)}, got {tuple(targets.shape)}")
@@ -304,7 +284,6 @@ class LanguageModel(nn.Module):
 # There each step of the loops in `Pool` would be a launch of its own. Here a program takes BLOCK columns
 # (stream, neuron) through all T steps: one launch each way, and every number is read once. Neighbours in
 # memory are read together. num_stages: the loads of the next steps are under way while this one is computed.
-
 try:
     import triton                                                       # comes with torch for GPUs
     import triton.language as tl
@@ -316,7 +295,6 @@ if triton:
 
     @triton.jit
     def pool_forward_kernel(f, z, c0, c, T, N):
-        """All pointers are to the first step. N = B H columns."""
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = column < N
         c_t = tl.load(c0 + column, inside)
@@ -329,7 +307,7 @@ if triton:
 
     @triton.jit
     def pool_backward_kernel(G, G_next, f, z, c, df, dz, dc0, T, N):
-        """G, f, z, df and dz point to step T, c to c_{T-1}; all move down."""
+        # G, f, z, df and dz point to step T, c to c_{T-1}; all move down.
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = column < N
         from_later = tl.load(G_next + column, inside)                   # f_{t+1} r_{t+1}; at T, G_next
@@ -343,7 +321,7 @@ if triton:
             G, f, z, c, df, dz = G - N, f - N, z - N, c - N, df - N, dz - N
         tl.store(dc0 + column, from_later, inside)                      # f_1 r_1
 
-    @Pool.states.register_kernel("cuda")
+    @pool_states.register_kernel("cuda")
     def states_on_gpu(f, z, c0):
         f, z, c0 = f.contiguous(), z.contiguous(), c0.contiguous()
         T, N, c = f.shape[0], c0.numel(), z.new_empty(z.shape[0] + 1, *c0.shape)
@@ -351,7 +329,7 @@ if triton:
             pool_forward_kernel[triton.cdiv(N, BLOCK.value),](f, z, c0, c, T, N, num_warps=2)
         return c
 
-    @Pool.gradients.register_kernel("cuda")
+    @pool_gradients.register_kernel("cuda")
     def gradients_on_gpu(G, G_next, f, z, c):
         G, G_next, f, z = G.contiguous(), G_next.contiguous(), f.contiguous(), z.contiguous()
         T, N = f.shape[0], G_next.numel()
@@ -365,9 +343,8 @@ if triton:
 if __name__ == "__main__":
     torch.manual_seed(0)
     leaves = [x.requires_grad_() for x in (torch.rand(6, 2, 3), torch.randn(6, 2, 3), torch.randn(2, 3))]
-    G, (c, c_T) = torch.randn(6, 2, 3), pool(*leaves)
-    by_autograd = torch.autograd.grad((G * pool_loop(*leaves)).sum(), leaves)
-    by_hand = torch.autograd.grad((G * c).sum(), leaves)
+    by_autograd = torch.autograd.grad(pool_loop(*leaves).square().sum(), leaves)
+    by_hand = torch.autograd.grad(pool(*leaves)[0].square().sum(), leaves)
     for name, a, b in zip(("f", "z", "c_0"), by_autograd, by_hand):
         print(f"dL/d{name:<4} autograd {a.flatten()[0]:+.6f}   by hand {b.flatten()[0]:+.6f}   "
               f"largest difference {(a - b).abs().max():.1e}")

@@ -1,13 +1,12 @@
 """Train the QRNN language model with real gradients, synthetic ones, or both in turn.
 
-Paper
-    Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling". Numbers in
-    brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The "authors' code"
-    was published with it. Departures from both are numbered as in experiments/departures.md.
+Paper: Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling". Numbers in
+brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The "authors' code" was
+published with it; departures from both are numbered as in experiments/departures.md.
 
-Why alternate? Networks trained with synthetic and with real gradients come to hold different representations.
-The paper hopes that the two in turn show the optimiser more of the landscape, and that a restart of the
-learning rate at each turn lets it leave a minimum for a better one (1, 2.3). The mode decides two things:
+Why alternate? Synthetic and real gradients lead to different representations. The paper hopes that the two in
+turn show the optimiser more of the landscape, and that a restart of the learning rate at each turn lets it
+leave a minimum for a better one (1, 2.3). The mode decides two things:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -16,24 +15,18 @@ learning rate at each turn lets it leave a minimum for a better one (1, 2.3). Th
     alternating    nothing in even runs, synthetic in odd ones              SGDR; they switch at a restart
 
 Glossary
-    name       symbol     shape          meaning
-    chunk      -          (T, B) twice   inputs and targets, T steps of B streams; a border lies between two
-    state      s_k        [(c, x_prev)]  what crosses border k: of each layer c (B, H) and x_prev (qrnn.py)
-    dni        g, h_g     -              the interface of dni.py: a network g and its memory h_g
-    run        i          -              of SGDR: from one restart of the learning rate to the next
+    chunk      (T, B) twice   inputs and targets, T steps of B streams; a border lies between two chunks
+    state      [(c, x_prev)]  what crosses border k: of each layer c (B, H) and x_prev; s_k is its c's alone
+    dni        g, h_g         the interface of dni.py: a network g and its memory h_g
+    run        i              of SGDR: from one restart of the learning rate to the next
 
 Not here: fine-tuning, dynamic evaluation, several processes, checkpoints within an epoch.
-
-`python train.py` trains on the English inside Python; `python train.py --help` lists the settings.
 """
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import dataclasses
-import datetime
-import itertools
 import math
 import os
 import random
@@ -45,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from data import CORPORA, CorpusError, describe, load_corpus, streams
+from data import CORPORA, UserError, describe, load_corpus, streams
 from dni import Interface, LayerDNI, NeuronDNI
 from qrnn import LanguageModel
 from sgdr import SGDR, per_run
@@ -55,14 +48,13 @@ from sgdr import SGDR, per_run
 
 def uses_synthetic(settings):
     """Whether these settings need an interface at all."""
-    with_gradient = settings.mode == "restart" and settings.gradient == "synthetic"
-    return settings.mode in ("dni", "alternating") or with_gradient
+    dni_restart = settings.mode == "restart" and settings.gradient == "synthetic"
+    return dni_restart or settings.mode in ("dni", "alternating")
 
 
 def gradient_source(settings, run, epoch):
-    """What crosses the borders in that SGDR run, at that moment in epochs: 'real' or 'synthetic' gradients.
-
-    'real' is truncated BPTT: nothing crosses. g goes on learning, from T true steps alone (departure 21).
+    """'synthetic' where g's gradient crosses the borders; 'real' where none does (truncated BPTT). There g
+    learns from T true steps alone (departure 21). run: of SGDR. epoch: how many have passed, a fraction.
     """
     if settings.mode == "alternating":                                  # they take turns (2.3, 3.2)
         return "real" if run % 2 == 0 else "synthetic"
@@ -70,13 +62,13 @@ def gradient_source(settings, run, epoch):
 
 
 def make_schedule(settings, optimizer):
-    """SGDR with its restarts; in the modes with a constant rate one run without end, whose rate never falls."""
+    """SGDR; in the modes with a constant rate it is one run without end, whose rate never falls."""
     if settings.mode in ("bptt", "dni"):
         return SGDR(optimizer, math.inf)
     return SGDR(optimizer, settings.e_base, 2, settings.eta_min, settings.eta_max or None, settings.restarts)
 
 
-# --------------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------- one step, an epoch, an evaluation
 
 def detach_state(state):
     """A copy of the state to begin a chunk with: same values, no history; the c's collect a gradient."""
@@ -85,7 +77,7 @@ def detach_state(state):
 
 def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, clip,
                autocast=contextlib.nullcontext()):
-    """Learn from one chunk (2.1 and 2.2).
+    """Learn from one chunk (2.1 and 2.2). Returns its mean nll, and the state that the next one begins with.
 
     dni: an Interface, or None where there is no g.
     inputs, targets: (T, B) of int64.
@@ -93,8 +85,6 @@ def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, cli
     use_synthetic: whether g's gradient crosses the border ahead.
     clip: the largest norm of the model's gradient.
     autocast: a torch.autocast for the matrix products.
-
-    Returns the chunk's mean nll, and the state that the next chunk begins with.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast:
@@ -122,17 +112,15 @@ def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, cli
     return nll.detach(), detach_state(new_state)
 
 
-# ----------------------------------------------------------------------------------- an epoch, and evaluation
-
 def chunk_borders(length, settings, epoch=0):
     """Yield (start, stop) of the chunks of `length` steps. Jitter depends on seed and epoch alone."""
-    draw, stop = random.Random(f"{settings.seed} {epoch}"), 0
-    while stop < length:
-        start, steps = stop, settings.chunk
+    draw, start = random.Random(f"{settings.seed} {epoch}"), 0
+    while start < length:
+        steps = settings.chunk
         if settings.jitter:                                             # departure 13: the authors' code
             steps = max(5, int(draw.gauss(steps if draw.random() < 0.95 else steps / 2, 5)))
-        stop = min(start + steps, length)
-        yield start, stop
+        yield start, min(start + steps, length)
+        start += steps
 
 
 def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast=contextlib.nullcontext()):
@@ -140,25 +128,23 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
 
     text: inputs and targets, (L, B) each. No chunk follows the last one, so nothing is injected there.
     epoch: how many are done.
-    Raises FloatingPointError for a loss that is not finite: on a CPU at its step, elsewhere at the end.
+    Raises FloatingPointError for a loss that is not finite: on a CPU at once, elsewhere at the end.
     """
-    # The dropout masks of an epoch depend on its number and the seed alone: so a training can be resumed.
+    # The random numbers of an epoch depend on the seed and its number alone: so a training can be resumed.
     torch.manual_seed(random.Random(f"{settings.seed} {epoch}").getrandbits(63))
-    (inputs, targets), (length, _) = text, text[0].shape
+    (inputs, targets), length = text, text[0].shape[0]
     state, losses, began, shown = None, [], time.monotonic(), 0.0
     model.train()
     if dni:
         dni.reset()
         dni.agreement.reset()
     for start, stop in chunk_borders(length, settings, epoch):
-        now = epoch + start / length                                    # in epochs
-        last_run = schedule.run.index
+        now, last_run = epoch + start / length, schedule.run.index      # now: in epochs
         schedule.step(now)
         run, [rate] = schedule.run.index, schedule.get_last_lr()
         if settings.reset_optimizer and run != last_run:
             optimizer.state.clear()
-        share = (stop - start) / settings.chunk if settings.jitter else 1
-        optimizer.param_groups[0]["lr"] = rate * share
+        optimizer.param_groups[0]["lr"] = rate * (stop - start) / settings.chunk if settings.jitter else rate
         source = gradient_source(settings, run, now)
         use_synthetic = source == "synthetic" and stop < length
         nll, state = train_step(model, optimizer, dni, inputs[start:stop], targets[start:stop], state,
@@ -166,13 +152,15 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
         losses.append(nll * (stop - start))                             # stays on the device
         if nll.device.type == "cpu" and not math.isfinite(nll):
             break
-        if sys.stdout.isatty() and time.monotonic() - shown > 0.5:
+        if sys.stdout.isatty() and time.monotonic() - shown > 0.5:      # progress, twice a second
             shown = time.monotonic()
-            show_progress(epoch, settings.epochs, stop / length, shown - began, nll.item())
+            left = (shown - began) * (length / stop * (settings.epochs - epoch) - 1) / 60
+            print(f"\r\033[Kepoch {epoch + stop / length:.2f} of {settings.epochs}, perplexity "
+                  f"{perplexity(nll.item())}, {left:.0f} min left", end="", flush=True)
     nll = (sum(losses) / stop).item()
     if not math.isfinite(nll):
-        raise FloatingPointError(f"the loss is not finite after step {stop} of {length} in epoch {epoch + 1}, "
-                                 f"with {source} gradients in run {run}, at a rate of {rate:.2e}")
+        raise FloatingPointError(f"the loss is not finite at step {stop} of {length} in epoch {epoch + 1} "
+                                 f"({source} gradients, run {run}, rate {rate:.2e})")
     cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
     return dict(epoch=epoch + 1, run=run, gradient=source, learning_rate=float(f"{rate:.4e}"),
                 train_perplexity=perplexity(nll), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
@@ -200,7 +188,7 @@ def perplexity(nll):
 # --------------------------------------------------------------------------------------------------- settings
 
 def setting(default, text, values=""):
-    """A field of Settings. text: help, with unit and source. values: the names, or the range, that it can have."""
+    """A field of Settings. text: help, with unit and source. values: its names, or a range in words."""
     return dataclasses.field(default=default, metadata=dict(text=text, values=values))
 
 
@@ -211,7 +199,6 @@ class Settings:
     gradient: str = setting("real", "of mode restart: as in bptt, or as in dni (Table 2)", "real synthetic")
     epochs: int = setting(15, "passes over the training text; the paper: 320 (3.2)", "at least 1")
     seed: int = setting(42, "of all random numbers (authors' code)", "from 0 to 2^63 - 1")
-    # The model.
     embedding_size: int = setting(256, "E, and the size of the last layer; authors' code: 400", "at least 1")
     hidden_size: int = setting(512, "H of the other layers; the paper: 1550 (3)", "at least 1")
     num_layers: int = setting(2, "QRNN layers; the paper: 4 (3)", "at least 1")
@@ -220,33 +207,29 @@ class Settings:
     dropout_input: float = setting(0.1, "on embedded words, locked; authors' code: 0.4", "in [0, 1)")
     dropout_embedding: float = setting(0.0, "of whole words; authors' code: 0.1 (AWD 4.3)", "in [0, 1)")
     dropout_weight: float = setting(0.0, "on the gates' weights; authors' code: 0.1 (AWD 2)", "in [0, 1)")
-    # Optimisation.
     lr: float = setting(1e-2, "Adam's rate; with restarts a run's first; authors' code: 1e-3", "above 0")
     l2: float = setting(5e-6, "weight decay added to the gradient; authors' code: 1.2e-6", "0 or more")
     clip: float = setting(0.25, "largest norm of the gradient; authors' code: 0.2, WT2 0.25", "above 0")
     batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", "at least 1")
     chunk: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", "at least 1")
     jitter: bool = setting(False, "T from N(chunk, 5), 1 in 20 N(chunk/2, 5), the rate to scale (AWD 4.1)")
-    # Restarts.
     e_base: float = setting(5.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2)", "above 0")
     restarts: tuple = setting((), "restart at these epochs; authors' code: 5 10 20 .. 320", "above 0")
     eta_min: tuple = setting((0.0,), "rate at a run's end, one for all or one a run (2.1)", "0 or more")
     eta_max: tuple = setting((), "rate at a run's beginning; none: lr (2.1)", "above 0")
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
-    # The interface.
-    dni_kind: str = setting("neuron", "neuron-wise (2.2), layer-wise (DNI), or a matrix", "neuron layer linear")
+    dni_kind: str = setting("neuron", "neuron-wise (2.2), layer-wise (DNI), a matrix", "neuron layer linear")
     dni_alpha: float = setting(0.9, "discount α; the paper: none, authors' code: 0.1", "0 or more")
     dni_lr: float = setting(1e-4, "Adam's rate for g (text.py); authors' code: 1e-3", "above 0")
     dni_borders: int = setting(1, "borders through which g is taught (2.2, text.py)", "at least 1")
     dni_warmup: float = setting(1.0, "epochs in which g learns, unused (authors' code)", "0 or more")
-    # The machine.
     device: str = setting("auto", "where to compute", "auto cpu cuda mps")
     precision: str = setting("auto", "of products; auto: bf16 where it is native", "auto fp32 bf16")
     compile: bool = setting(False, "torch.compile: the same numbers to rounding, faster after a minute")
     data_dir: str = setting("", "folder of PTB and WT2; default $QRNN_DATA, else corpora/")
 
 
-# What may change when a training is resumed. (A corpus is known by its words, not by its place.)
+# When a training is resumed. (A corpus is known by its words, not by its place.)
 MAY_CHANGE = ("epochs", "data", "device", "precision", "compile", "data_dir")
 
 
@@ -254,15 +237,10 @@ def preset(name, mode, data):
     """The settings that flags are put on: 'small', for two CPU cores, or 'paper', for a GPU."""
     if name == "small":
         return Settings(mode=mode, data=data, lr=4e-3 if mode in ("bptt", "dni") else 1e-2)
-    wt2 = data == "wt2"
     return Settings(mode=mode, data=data, epochs=320, embedding_size=400, hidden_size=1550, num_layers=4,
-                    dropout_output=0.4, dropout_hidden=0.2 if wt2 else 0.3, dropout_input=0.4,
-                    dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, l2=1.2e-6, clip=0.25 if wt2 else 0.2,
-                    chunk=200, jitter=True, dni_alpha=1.0)
-
-
-class UserError(ValueError):
-    """Something only the user can put right, in one line. It ends the program with status 2."""
+                    dropout_output=0.4, dropout_hidden=0.2 if data == "wt2" else 0.3, dropout_input=0.4,
+                    dropout_embedding=0.1, dropout_weight=0.1, lr=1e-3, l2=1.2e-6,
+                    clip=0.25 if data == "wt2" else 0.2, chunk=200, jitter=True, dni_alpha=1.0)
 
 
 def flag(name):
@@ -271,27 +249,27 @@ def flag(name):
 
 def check(settings, given):
     """Raise UserError for what cannot be, and for a setting given that has no effect beside the others."""
+    ranges = {"at least 1": (1, math.inf), "0 or more": (0, math.inf), "above 0": (5e-324, math.inf),
+              "in [0, 1)": (0, 1), "from 0 to 2^63 - 1": (0, 2 ** 63)}
     for field in dataclasses.fields(settings):
-        value, values = getattr(settings, field.name), field.metadata["values"]
+        value, words = getattr(settings, field.name), field.metadata["values"]
         for x in value if isinstance(value, tuple) else (value,):
-            if not isinstance(x, str) and not {
-                    "": True, "at least 1": x >= 1, "in [0, 1)": 0 <= x < 1, "0 or more": 0 <= x < math.inf,
-                    "above 0": x > 0, "from 0 to 2^63 - 1": 0 <= x < 2 ** 63}[values]:
-                raise UserError(f"{flag(field.name)} must be {values}, got {x}")
-    sgdr, dni, low = settings.mode in ("restart", "alternating"), uses_synthetic(settings), settings.eta_min
-    high = settings.eta_max or (settings.lr,)
+            if words in ranges and not ranges[words][0] <= x < ranges[words][1]:
+                raise UserError(f"{flag(field.name)} must be {words}, got {x}")
+    low, high = settings.eta_min, settings.eta_max or (settings.lr,)
     if not low or any(per_run(low, i) > per_run(high, i) for i in range(max(len(low), len(high)))):
         raise UserError(f"--eta-min, {low}, must be at most --eta-max, or else --lr, {high}, in each run")
     if list(settings.restarts) != sorted(set(settings.restarts)):
         raise UserError(f"--restarts must rise, got {settings.restarts}")
+    sgdr, dni = settings.mode in ("restart", "alternating"), uses_synthetic(settings)
     for names, has_effect, needed in (
             ("gradient", settings.mode == "restart", "--mode restart"),
             ("lr", not (sgdr and settings.eta_max), "a training without --eta-max"),
             ("e_base", sgdr and not settings.restarts, "a mode with restarts, without --restarts"),
             ("restarts eta_min eta_max reset_optimizer", sgdr, "--mode restart or alternating"),
             ("dni_kind dni_alpha dni_lr", dni, "a mode with synthetic gradients"),
-            ("dni_borders", dni and settings.dni_kind == "neuron", "synthetic gradients of --dni-kind neuron"),
-            ("dni_warmup", dni and settings.mode != "alternating", "--mode dni, or restart --gradient synthetic"),
+            ("dni_borders", dni and settings.dni_kind == "neuron", "the DNI of --dni-kind neuron"),
+            ("dni_warmup", dni and settings.mode != "alternating", "--mode dni or --gradient synthetic"),
             ("data_dir", settings.data in ("ptb", "ptb-chars", "wt2"), "--data ptb, ptb-chars or wt2")):
         for name in set(names.split()) & set(given):
             if not has_effect:
@@ -299,13 +277,11 @@ def check(settings, given):
 
 
 def parse(argv):
-    """Command line -> (settings, output folder or None, checkpoint to go on from or None)."""
-    parser = argparse.ArgumentParser("train.py", "python train.py [FLAGS], listed by --help",
-                                     argument_default=argparse.SUPPRESS)
+    """Command line -> (settings, folder of the training, checkpoint there to go on from or None)."""
+    parser = argparse.ArgumentParser("train.py", "train.py [FLAGS]", argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=("small", "paper"), help="settings that flags are put on [small]")
     parser.add_argument("--out", type=Path, help="folder for log.csv and checkpoint.pt [new, in trainings/]")
-    parser.add_argument("--resume", type=Path, help="go on with the training in this folder, or begin it there; "
-                                                    f"what may change: {' '.join(map(flag, MAY_CHANGE))}")
+    parser.add_argument("--resume", type=Path, help="go on with the training in this folder, or begin there")
     for field in dataclasses.fields(Settings):
         kind, values = type(field.default), field.metadata["values"]
         options = {bool: dict(action=argparse.BooleanOptionalAction),
@@ -334,52 +310,45 @@ def parse(argv):
             raise UserError(f"{resume} holds a training with {flag(name)} {old[name]}, not {given[name]}")
     settings = dataclasses.replace(start, **{**old, **given})
     check(settings, flags)
-    return settings, out or resume, checkpoint
+    new = f"{Path(settings.data).name}-{settings.mode}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
+    return settings, resume or out or Path("trainings", new), checkpoint
 
 
 # ------------------------------------------------------------------------------------ what keeps a training
-#
-# A checkpoint is made between two epochs and nowhere else. There a training has no state, no memory h_g and no
-# sum that is half done: an epoch begins without, and with random numbers of its own.
+
+# A checkpoint is made between two epochs and nowhere else. There a training has no state, no memory h_g and
+# no sum that is half done: an epoch begins without, and with random numbers of its own.
 
 def load_checkpoint(path):
     """What `save_checkpoint` wrote: tensors and plain values, for nothing in the file can run code."""
     try:
-        if zipfile.ZipFile(path).testzip():                             # reads all and compares the checksums
-            raise zipfile.BadZipFile
+        damaged = zipfile.ZipFile(path).testzip()                       # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if set(checkpoint["settings"]) != set(vars(Settings())):
-            raise KeyError
+        if damaged or set(checkpoint["settings"]) != set(vars(Settings())):
+            raise ValueError
     except Exception as error:                                          # torch.load raises half a dozen kinds
-        raise UserError(f"{path} cannot be read as a checkpoint of this version of train.py: damaged, or "
-                        f"another kind of file ({type(error).__name__})") from None
+        raise UserError(f"{path} cannot be read as a checkpoint: damaged, or of another version of train.py "
+                        f"({type(error).__name__})") from None
     return checkpoint
 
 
 def save_checkpoint(folder, checkpoint):
-    """Write checkpoint.pt beside the old one and rename it over, so that one is always whole; then log.csv."""
-    path, partial = folder / "checkpoint.pt", folder / "checkpoint.pt.partial"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write checkpoint.pt beside the old one and rename it when it is whole and on the disk. Then log.csv."""
+    partial, rows = folder / "checkpoint.pt.partial", checkpoint["rows"]
     try:
         with open(partial, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except RuntimeError as error:                                       # what torch makes of a full disk
-        raise UserError(f"{path} cannot be written ({error}); what was there before is unharmed") from None
+        os.replace(partial, folder / "checkpoint.pt")
     finally:
         partial.unlink(missing_ok=True)                                 # give a full disk its room back
-    rows = checkpoint["rows"]
     lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
 
 
 def pick_device(name, precision):
-    """Device for "cpu", "cuda", "mps" or "auto"; torch.autocast for "fp32", "bf16" or "auto", bf16 where native.
-
-    Raises UserError for a device that is not there.
-    """
+    """(device, torch.autocast) as asked; "auto" is a GPU where there is one, and bf16 where it is native."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: PyTorch sees no such device here; there is {', '.join(there)}")
@@ -388,43 +357,32 @@ def pick_device(name, precision):
         native = any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
     elif device == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
-        torch.set_float32_matmul_precision("high")                      # TF32 in products that are not in bf16
-    bf16 = precision == "bf16" or (precision == "auto" and native)
+        torch.set_float32_matmul_precision("high")                      # TF32 in products not in bf16
+    bf16 = native if precision == "auto" else precision == "bf16"
     return device, torch.autocast(device, torch.bfloat16, bf16)
 
 
 def keep_freed_memory():
-    """Ask glibc to keep the memory that a step frees, for the next step takes the same again.
-
-    As it comes, every large tensor is a mapping of its own that goes back to the kernel when freed, and whose
-    pages of 4 KB are cleared and mapped one by one when it is next wanted.
+    """Ask glibc to keep the memory that a step frees. As it comes, large tensors go back to the kernel, which
+    clears and maps their pages of 4 KB one by one when the next step takes the same memory again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:                                                         # else: not Linux, or not glibc
+    if mallopt:
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
         for parameter, value in ((-4, 0), (-1, 2 ** 31 - 1), (-8, 1)):
             mallopt(parameter, value)
 
 
 def compile_modules(modules):
-    """Train with torch.compile's form of them, for all T and B. Where that does not work, say so, and do not."""
+    """Train with torch.compile's form of them, for all T and B. Where no compiler is, say so, and do not."""
     try:
-        torch.compile(torch.sin)(torch.ones(2))                         # is there a compiler?
+        torch.compile(torch.sin)(torch.ones(2))
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(f"train.py: no --compile here, so the plain form goes on: {reason}", file=sys.stderr)
+        print(f"train.py: no --compile here, the plain form goes on: {str(error)[:200]!r}", file=sys.stderr)
         return
     for module in modules:
         module.compile(dynamic=True)
 
-
-def show_progress(epoch, epochs, share, seconds, nll):
-    """One line that rewrites itself: `share` of an epoch is done, which has taken so many seconds."""
-    left = datetime.timedelta(seconds=int(seconds / share * (epochs - epoch - share)))
-    print(f"\r\033[Kepoch {epoch + share:.2f} of {epochs}  perplexity {perplexity(nll)}  {left} left", end="")
-
-
-# ------------------------------------------------------------------------------------------------------- main
 
 def build(settings, vocabulary_size, device):
     """Everything that learns, (model, optimizer, dni or None), with the same first model in every mode."""
@@ -435,27 +393,25 @@ def build(settings, vocabulary_size, device):
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.l2, fused=True)
     if not uses_synthetic(settings):
         return model, optimizer, None
-    sizes, g = [layer.hidden_size for layer in model.rnn.layers], NeuronDNI()
-    if settings.dni_kind != "neuron":
-        g = LayerDNI(sizes, hidden_size=50 if settings.dni_kind == "layer" else 0)
+    sizes = [layer.hidden_size for layer in model.rnn.layers]
+    g = {"neuron": NeuronDNI(), "layer": LayerDNI(sizes), "linear": LayerDNI(sizes, 0)}[settings.dni_kind]
     g_optimizer = torch.optim.Adam(g.to(device).parameters(), settings.dni_lr, fused=True)
     return model, optimizer, Interface(g, g_optimizer, settings.dni_alpha, settings.dni_borders)
 
 
-def train(argv):
-    """Train, test the best model, return the exit status. Raises UserError and CorpusError."""
-    settings, folder, checkpoint = parse(argv)
+def train(settings, folder, checkpoint):
+    """Train, and test the best model. Raises UserError, OSError and FloatingPointError."""
     keep_freed_memory()
     device, autocast = pick_device(settings.device, settings.precision)
     corpus = load_corpus(settings.data, settings.data_dir or None, settings.chunk + 10)
     text = streams(corpus.train.to(device), settings.batch_size, settings.chunk)        # (L, B) twice
     valid_tokens, test_tokens, valid_streams = corpus.valid.to(device), corpus.test.to(device), 10
     streams(valid_tokens, valid_streams)                                # raises where there is too little
+    folder.mkdir(parents=True, exist_ok=True)
     model, optimizer, dni = build(settings, len(corpus.vocabulary), device)
-    schedule = make_schedule(settings, optimizer)
-    learners = [model, optimizer, schedule] + ([dni.g, dni.optimizer] if dni else [])
+    schedule, rows, best = make_schedule(settings, optimizer), [], dict(nll=math.inf)
     networks = [model] + ([dni.g] if dni else [])
-    rows, best = [], dict(nll=math.inf)
+    learners = [*networks, optimizer, schedule] + ([dni.optimizer] if dni else [])
     if checkpoint:
         if checkpoint["fingerprint"] != corpus.fingerprint():
             raise UserError(f"{folder} was trained on another text than --data {settings.data}")
@@ -463,68 +419,61 @@ def train(argv):
         for learner, learned in zip(learners, checkpoint["learners"], strict=True):
             learner.load_state_dict(learned)
         save_checkpoint(folder, checkpoint)                             # so that log.csv has its rows
-    if folder is None:
-        numbered = (Path("trainings", f"{Path(settings.data).name}-{settings.mode}-{n}") for n in itertools.count(1))
-        folder = next(path for path in numbered if not path.exists())
     if settings.compile:
         compile_modules(networks)
-    parameters = " and ".join(f"{sum(p.numel() for p in network.parameters()):,}" for network in networks)
-    print(*describe(corpus), f"{parameters} parameters; {device}, {torch.get_num_threads()} threads, products in "
-          f"{'bf16' if autocast._enabled else 'fp32'}; {folder}, {len(rows)} epochs done", sep="\n", flush=True)
+    weights = [weight for network in networks for weight in network.parameters()]
+    with autocast:
+        product = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    print(*describe(corpus), f"{sum(weight.numel() for weight in weights):,} parameters; products in {product}; "
+          f"{device}, {torch.get_num_threads()} threads; in {folder}", sep="\n", flush=True)
 
     began, saved = time.monotonic() - (rows[-1]["seconds"] if rows else 0), 0.0
-    try:
-        for epoch in range(len(rows), settings.epochs):
-            row = train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast)
-            nll = evaluate(model, valid_tokens, valid_streams, autocast)
-            if not all(p.isfinite().all() for network in networks for p in network.parameters()):
-                raise FloatingPointError(f"a weight is not finite after epoch {epoch + 1}")
-            if nll < best["nll"]:
-                best = dict(nll=nll, model={name: w.clone() for name, w in model.state_dict().items()})
-            rows.append({**row, "valid_perplexity": perplexity(nll), "seconds": round(time.monotonic() - began, 1)})
-            # On a GPU, where an epoch may last a second, not every time.
-            if device == "cpu" or time.monotonic() - saved > 60 or epoch + 1 == settings.epochs:
-                save_checkpoint(folder, dict(
-                    settings=vars(settings), vocabulary=corpus.vocabulary, fingerprint=corpus.fingerprint(),
-                    rows=rows, best=best, learners=[learner.state_dict() for learner in learners]))
-                saved = time.monotonic()
-            clear = "\r\033[K" if sys.stdout.isatty() else ""
-            print(clear + "  ".join(f"{name} {value}" for name, value in rows[-1].items() if value == value), flush=True)
-    except FloatingPointError as error:
-        print(f"\ntrain.py: stopped: {error}; try a lower --lr or --dni-alpha; {folder} holds the epochs before",
-              file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted in epoch {len(rows) + 1}; go on with: python train.py --resume {folder}", flush=True)
-        return interrupt.args[0] if interrupt.args else 130
+    for epoch in range(len(rows), settings.epochs):
+        row = train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast)
+        nll = evaluate(model, valid_tokens, valid_streams, autocast)
+        if not math.isfinite(nll) or not all(weight.isfinite().all() for weight in weights):
+            raise FloatingPointError(f"the validation loss or a weight is not finite after epoch {epoch + 1}")
+        row.update(valid_perplexity=perplexity(nll), seconds=round(time.monotonic() - began, 1))
+        rows.append(row)
+        if nll < best["nll"]:
+            best = dict(nll=nll, model={name: weight.clone() for name, weight in model.state_dict().items()})
+        # On a GPU an epoch may last a second: there, once a minute.
+        if device == "cpu" or time.monotonic() - saved > 60 or len(rows) == settings.epochs:
+            save_checkpoint(folder, dict(
+                settings=vars(settings), vocabulary=corpus.vocabulary, fingerprint=corpus.fingerprint(),
+                rows=rows, best=best, learners=[learner.state_dict() for learner in learners]))
+            saved = time.monotonic()
+        line = "  ".join(f"{name} {value}" for name, value in row.items() if value == value)
+        print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
     model.load_state_dict(best["model"])
     nll = evaluate(model, test_tokens, 1, autocast)
     print(*describe(corpus)[1:], f"bits per token {nll / math.log(2):.4f}",
           f"test perplexity {perplexity(nll):.2f}", sep="\n")
-    return 0
-
-
-def terminated(number, _):
-    """SIGTERM does what Ctrl-C does."""
-    raise KeyboardInterrupt(128 + number)
 
 
 def main(argv=None):
-    """`train`, with what a user can put right told in one line. Returns the exit status."""
-    signal.signal(signal.SIGTERM, terminated)
+    """Parse, train, and tell in one line what goes wrong. Returns the exit status."""
+    def terminate(*_):
+        raise KeyboardInterrupt(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, terminate)
+    folder = None
     try:
-        return train(argv)
-    except (UserError, CorpusError, OSError) as error:
-        message = str(error)
-    except (MemoryError, RuntimeError) as error:                        # torch's out-of-memory is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        message = f"out of memory ({reason}); try a lower --batch-size, --chunk or --hidden-size"
+        settings, folder, checkpoint = parse(argv)
+        train(settings, folder, checkpoint)
+        return 0
+    except (UserError, OSError) as error:
+        message, status = f"error: {error}", 2
+    except FloatingPointError as error:
+        message, status = f"stopped: {error}; try a lower --lr or --dni-alpha; {folder} is unspoilt", 1
     except KeyboardInterrupt as interrupt:
-        return interrupt.args[0] if interrupt.args else 130
-    print(f"train.py: error: {message}", file=sys.stderr)
-    return 2
+        message = f"interrupted; the same command with --resume {folder} goes on after the last whole epoch"
+        status = 128 + (interrupt.args or (signal.SIGINT,))[0]
+    except RuntimeError as error:                                       # how torch tells of too little room
+        if "memory" not in str(error) and "inline_container" not in str(error):
+            raise
+        message, status = f"error: no memory, or no disk, left ({str(error)[:120]!r})", 2
+    print("\n" * sys.stdout.isatty() + f"train.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
