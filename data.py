@@ -255,6 +255,10 @@ def describe(corpus):
 
 
 if __name__ == "__main__":
-    print(*describe(load_corpus(*sys.argv[1:] or ["pydoc"])), "", "inputs           targets", sep="\n")
+    try:
+        corpus = load_corpus(*sys.argv[1:] or ["pydoc"])
+    except UserError as error:
+        sys.exit(f"data.py: error: {error}")
+    print(*describe(corpus), "", "inputs           targets", sep="\n")
     for x, y in zip(*streams(torch.tensor(list(b"abcdefghijklmnopqrstuvwxyz")), 6)):
         print(*map(chr, x), "    ", *map(chr, y))

@@ -20,9 +20,10 @@ Glossary
     predicted  δ^_k      as s                g(s_k, h_g; φ): the synthetic gradient, a prediction of δ_k
     -          θ, φ      -                   the parameters of the model, and those of g
     target     target_k  as s                what g is taught instead of δ_k, known one chunk later
-    memory     h_g       ((N, 50), x_prev)   g's own recurrent state, one row per scalar of s_k
+    memory     h_g       ((N, 50), empty)    g's own recurrent state, one row per scalar of s_k
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
+Each border is predicted twice: at the end of a chunk to be used, at the start of the next to be corrected.
 What happens in chunk k, between the borders k and k + 1:
 
     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
@@ -85,10 +86,10 @@ class Interface:
         dni.learn()                                                 # towards the target that backward left
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
-        list like s, and its memory, or None.
-    optimizer: of g's parameters; None stands for Adam at 1e-4, a good rate for a layer-wise g on text.
+        list like s, and its memory: None, or a tuple of tensors, the first with N rows.
+    optimizer: of g's parameters; None stands for Adam at 1e-4.
     alpha: the discount α.
-    borders: through how many of them the error of g is backpropagated.
+    borders: how many steps of g, one a border, its error is backpropagated through; 1: never through h_g.
 
     It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
     from. `agreement` measures predictions against targets.
@@ -197,7 +198,7 @@ def regress(optimizer, predicted, target):
 
 
 def flatten(tensors):
-    """A list of tensors as one vector of all their N numbers."""
+    """A list of tensors as one vector of all their N numbers, one layer after the other."""
     return torch.cat([t.flatten() for t in tensors])                    # (N,)
 
 
@@ -393,7 +394,7 @@ def agreement_after(borders, gradient):
 
 
 if __name__ == "__main__":
-    from data import episodes                                           # a symbol, 9 fillers, a query, the symbol
+    from data import episodes                                      # a symbol, 9 fillers, a query, the symbol
 
     two_chunks()
     print("Recall a symbol that was shown one chunk before. The share of right answers (chance: 0.25) after\n"
@@ -401,8 +402,8 @@ if __name__ == "__main__":
     text = episodes(delay=9, steps=10_000, batch_size=24, answers_only=True)
     for name, make_g in (("truncated BPTT", None), ("layer-wise DNI", lambda: LayerDNI([64]))):
         print(f"  {name:17}", "  ".join(f"{share:.2f}" for share in train_recall(text, make_g)), flush=True)
-    print("Truncated BPTT is above chance: a trace of the symbol is left in the state. The neuron-wise DNI needs\n"
-          "more updates, and does not always succeed (experiments/recall.py).")
+    print("Truncated BPTT is above chance: a trace of the symbol is left in the state. The neuron-wise DNI\n"
+          "needs more updates, and does not always succeed (experiments/recall.py).")
     print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
     for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
                            ("a coin toss", lambda c: torch.randn_like(c).sign())):

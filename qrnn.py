@@ -38,7 +38,7 @@ def pool_loop(f, z, c0):
 
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t
 
-    f, z: (T, B, H). c0: (B, H). Returns c_1 .. c_T (T, B, H). `pool` below is the same function, faster.
+    f, z: (T, B, H). c0: (B, H). Returns c_1 .. c_T (T, B, H). `pool` below computes the same, faster.
     """
     c, states = c0, []
     for f_t, z_t in zip(f, z):
@@ -47,17 +47,17 @@ def pool_loop(f, z, c0):
     return torch.stack(states)                                          # (T, B, H)
 
 
-# torch.compile would unroll the loops of `Pool`, for every T anew. So to it each is one operation, under a
-# name that is still free, for another copy of this file may be at work.
+# torch.compile would unroll the loops of `Pool`, for every T anew. So both are registered as operations that
+# it leaves whole. Their names must be new: another copy of this file may have been imported before.
 NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
 
 
 class Pool(torch.autograd.Function):
     """`pool_loop` with its backward pass written out, so that neither direction builds a graph of T steps.
 
-    L is the loss, G_t the part of dL/dc_t that comes from the layers above, and G_next the part of dL/dc_T
-    that comes from the chunk to come. c_t also feeds c_{t+1} = f_{t+1} c_t + (1 - f_{t+1}) z_{t+1}. So the
-    whole gradient of c_t, r_t, follows a recurrence that runs backwards in time:
+    L is the loss. G_t is the part of dL/dc_t that comes from the layers above. G_next reaches c_T from the
+    next chunk: 0 in truncated BPTT, a prediction where there is a DNI. c_t also feeds c_{t+1} = f_{t+1} c_t +
+    (1 - f_{t+1}) z_{t+1}. So the whole gradient of c_t, r_t, follows a recurrence backwards in time:
 
         r_T = G_T + G_next,    r_t = G_t + f_{t+1} r_{t+1}
 
@@ -65,8 +65,8 @@ class Pool(torch.autograd.Function):
 
         dL/df_t = r_t (c_{t-1} - z_t),    dL/dz_t = r_t (1 - f_t),    dL/dc_0 = f_1 r_1
 
-    dL/dc_0, which leaves the chunk through its left border, is what truncated backpropagation throws away. It
-    is the G_next of the chunk before: what a decoupled neural interface (dni.py) learns to predict.
+    dL/dc_0, which leaves the chunk through its left border, is what truncated backpropagation throws away.
+    The chunk before would need it, as its G_next. A decoupled neural interface (dni.py) learns to predict it.
     """
 
     @torch.library.custom_op(f"{NAME}::pool", mutates_args=())
@@ -110,7 +110,7 @@ pool_states, pool_gradients = Pool.states, Pool.gradients               # where 
 
 
 def pool(f, z, c0):
-    """As `pool_loop`. Returns c_1 .. c_T and, apart, c_T (B, H). A second derivative is a RuntimeError."""
+    """`pool_loop`'s c_1 .. c_T and, apart, c_T (B, H). RuntimeError for second derivatives (where T > 1)."""
     if f.shape[0] == 1:                                                 # no loop to save
         c = f * c0 + (1 - f) * z
         return c, c[0].clone()
@@ -121,11 +121,11 @@ def pool(f, z, c0):
 class QRNNLayer(nn.Module):
     """One QRNN layer (QRNN, section 2).
 
-        z_t = tanh(W_z x_{..t} + b_z)          candidate and gates see a window of inputs, x_t its last,
-        f_t = sigmoid(W_f x_{..t} + b_f)       and no state: so all three, for all t, are ONE matrix product
-        o_t = sigmoid(W_o x_{..t} + b_o)
+        z_t = tanh(W_z x_{..t} + b_z),  f_t = sigmoid(W_f x_{..t} + b_f),  o_t = sigmoid(W_o x_{..t} + b_o)
         c_t = f_t c_{t-1} + (1 - f_t) z_t      pooling
         h_t = o_t c_t                          the output ("fo-pooling")
+
+    z, f and o see a window of inputs, x_t its last, and no state. So for all t they are ONE matrix product.
 
     input_size, hidden_size, window: I, H, and how many inputs the gates see; at least 1 each.
     zoneout: in [0, 1], the probability that a neuron keeps its old value at a step, f_t = 1 (QRNN 2.1). When
@@ -173,13 +173,13 @@ class QRNNLayer(nn.Module):
 
 
 def locked_dropout(x, p, training=True):
-    """Dropout with one mask (1, B, H) for all steps of a chunk (AWD, 4.2). x: (T, B, H); same shape out."""
+    """Locked dropout: one mask (1, B, H) for all steps of a chunk (AWD, 4.2). x, result: (T, B, H)."""
     return x * F.dropout(x.new_ones(1, *x.shape[1:]), p) if training and p > 0 else x
 
 
 class QRNN(nn.Module):
     """A stack of QRNN layers, with the arguments of torch.nn.LSTM. (Its state is another: see the glossary.)
-    `qrnn.compile(dynamic=True)` is torch.compile's form of the same code, faster, for all T and B.
+    `module.compile(dynamic=True)` is torch.compile's form of the same code, faster, for all T and B.
 
     input_size: I.
     hidden_size: H of each of num_layers layers; or a list with one size a layer, and num_layers is ignored.

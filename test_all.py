@@ -104,8 +104,8 @@ def settings(mode="bptt", **changes):
 # The paper in 150 lines. It shares nothing with the modules but settings and first weights: it has its own
 # QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, and it has no dropout.
 #
-# It needs no detach. Every step makes NEW weights, and asks for the derivative in these alone. What the old
-# weights did in the chunks before is not asked for: that is truncation.
+# It needs no detach at a border. Every step makes NEW weights, and asks for the derivative in these alone.
+# What the old weights did in the chunks before is not asked for: that is truncation.
 
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: the inputs before.
@@ -170,7 +170,7 @@ def plain_schedule(s, epoch):
         return s.lr, 0, s.mode == "dni" and epoch >= s.dni_warmup
     starts = [0, *s.restarts] if s.restarts else [s.e_base * (2 ** i - 1) for i in range(9)]
     i = max(i for i, start in enumerate(starts) if start <= epoch)
-    high, low = (bound[min(i, len(bound) - 1)] for bound in (s.eta_max, s.eta_min))
+    high, low = (bound[min(i, len(bound) - 1)] for bound in (s.eta_max or (s.lr,), s.eta_min))
     elapsed = (epoch - starts[i]) / (starts[i + 1] - starts[i])         # E_cur / E_i
     rate = low + (high - low) / 2 * (1 + math.cos(math.pi * elapsed))
     if s.mode == "alternating":
@@ -298,8 +298,7 @@ def test_training_is_the_plain_program(changes, monkeypatch):
         assert row["train_perplexity"] == pytest.approx(math.exp(nll), abs=5.1e-4)
         agreed = pytest.approx((cosine, r2), rel=1e-4, abs=2e-5, nan_ok=True)             # summed in float32
         assert (row["dni_cosine"], row["dni_r2"]) == agreed
-        _, rate, run, synthetic = plain_chunk = seen[-1]
-        assert (row["epoch"], row["run"]) == (epoch + 1, run)
+        assert (row["epoch"], row["run"]) == (epoch + 1, seen[-1][2])
         begin = epoch + list(train.chunk_borders(100, settings, epoch))[-1][0] / 100
         assert row["learning_rate"] == pytest.approx(plain_schedule(settings, begin)[0], rel=1e-4)
         assert row["gradient"] == ("synthetic" if plain_schedule(settings, begin)[2] else "real")
@@ -1707,7 +1706,7 @@ def test_each_mode_trains_resumes_exactly_and_tests(mode, corpus, tmp_path):
     assert "".join(row["gradient"][0] for row in rows) == sources
     assert (rows[2]["dni_cosine"] != "nan") == (sources != "rrrr")
     assert float(rows[-1]["valid_perplexity"]) < float(rows[0]["valid_perplexity"])       # it learns
-    succeed(*arguments, "--epochs", 2, "--out", tmp_path / "half")                       # within a run of SGDR
+    succeed(*arguments, "--epochs", 2, "--out", tmp_path / "half")                      # within a run of SGDR
     assert succeed(*arguments, "--epochs", 4, "--resume", tmp_path / "half") == last     # the same, and more
     assert log_of(tmp_path / "half") == rows
     close(learned(tmp_path / "half"), learned(tmp_path / "straight"), atol=0, rtol=0)

@@ -53,9 +53,8 @@ def uses_synthetic(settings):
 
 
 def gradient_source(settings, run, epoch):
-    """'synthetic' where g's gradient crosses the borders; 'real' where none does (truncated BPTT). There g
-    learns from T true steps alone (departure 21). run: of SGDR. epoch: how many have passed, a fraction.
-    """
+    """'synthetic' where g's gradient crosses the borders, 'real' where none does; there g learns from T true
+    steps alone (departure 21). run: of SGDR. epoch: how many have passed, a fraction."""
     if settings.mode == "alternating":                                  # they take turns (2.3, 3.2)
         return "real" if run % 2 == 0 else "synthetic"
     return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
@@ -144,7 +143,8 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
         run, [rate] = schedule.run.index, schedule.get_last_lr()
         if settings.reset_optimizer and run != last_run:
             optimizer.state.clear()
-        optimizer.param_groups[0]["lr"] = rate * (stop - start) / settings.chunk if settings.jitter else rate
+        share = (stop - start) / settings.chunk if settings.jitter else 1
+        optimizer.param_groups[0]["lr"] = rate * share
         source = gradient_source(settings, run, now)
         use_synthetic = source == "synthetic" and stop < length
         nll, state = train_step(model, optimizer, dni, inputs[start:stop], targets[start:stop], state,
@@ -393,8 +393,9 @@ def build(settings, vocabulary_size, device):
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=settings.l2, fused=True)
     if not uses_synthetic(settings):
         return model, optimizer, None
-    sizes = [layer.hidden_size for layer in model.rnn.layers]
-    g = {"neuron": NeuronDNI(), "layer": LayerDNI(sizes), "linear": LayerDNI(sizes, 0)}[settings.dni_kind]
+    g, sizes = NeuronDNI(), [layer.hidden_size for layer in model.rnn.layers]
+    if settings.dni_kind != "neuron":
+        g = LayerDNI(sizes, hidden_size=50 if settings.dni_kind == "layer" else 0)
     g_optimizer = torch.optim.Adam(g.to(device).parameters(), settings.dni_lr, fused=True)
     return model, optimizer, Interface(g, g_optimizer, settings.dni_alpha, settings.dni_borders)
 
@@ -403,10 +404,10 @@ def train(settings, folder, checkpoint):
     """Train, and test the best model. Raises UserError, OSError and FloatingPointError."""
     keep_freed_memory()
     device, autocast = pick_device(settings.device, settings.precision)
-    corpus = load_corpus(settings.data, settings.data_dir or None, settings.chunk + 10)
+    corpus = load_corpus(settings.data, settings.data_dir or None, delay=settings.chunk + 10)
     text = streams(corpus.train.to(device), settings.batch_size, settings.chunk)        # (L, B) twice
-    valid_tokens, test_tokens, valid_streams = corpus.valid.to(device), corpus.test.to(device), 10
-    streams(valid_tokens, valid_streams)                                # raises where there is too little
+    valid_tokens, test_tokens, valid_batch_size = corpus.valid.to(device), corpus.test.to(device), 10
+    streams(valid_tokens, valid_batch_size)                             # raises where there is too little
     folder.mkdir(parents=True, exist_ok=True)
     model, optimizer, dni = build(settings, len(corpus.vocabulary), device)
     schedule, rows, best = make_schedule(settings, optimizer), [], dict(nll=math.inf)
@@ -424,26 +425,25 @@ def train(settings, folder, checkpoint):
     weights = [weight for network in networks for weight in network.parameters()]
     with autocast:
         product = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
-    print(*describe(corpus), f"{sum(weight.numel() for weight in weights):,} parameters; products in {product}; "
-          f"{device}, {torch.get_num_threads()} threads; in {folder}", sep="\n", flush=True)
+    print(*describe(corpus), f"{sum(weight.numel() for weight in weights):,} parameters; {product} products "
+          f"on {device}; {torch.get_num_threads()} threads; in {folder}", sep="\n", flush=True)
 
     began, saved = time.monotonic() - (rows[-1]["seconds"] if rows else 0), 0.0
     for epoch in range(len(rows), settings.epochs):
         row = train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast)
-        nll = evaluate(model, valid_tokens, valid_streams, autocast)
+        nll = evaluate(model, valid_tokens, valid_batch_size, autocast)
         if not math.isfinite(nll) or not all(weight.isfinite().all() for weight in weights):
             raise FloatingPointError(f"the validation loss or a weight is not finite after epoch {epoch + 1}")
-        row.update(valid_perplexity=perplexity(nll), seconds=round(time.monotonic() - began, 1))
-        rows.append(row)
+        seconds = round(time.monotonic() - began, 1)
+        rows.append({**row, "valid_perplexity": perplexity(nll), "seconds": seconds})
         if nll < best["nll"]:
             best = dict(nll=nll, model={name: weight.clone() for name, weight in model.state_dict().items()})
-        # On a GPU an epoch may last a second: there, once a minute.
         if device == "cpu" or time.monotonic() - saved > 60 or len(rows) == settings.epochs:
             save_checkpoint(folder, dict(
                 settings=vars(settings), vocabulary=corpus.vocabulary, fingerprint=corpus.fingerprint(),
                 rows=rows, best=best, learners=[learner.state_dict() for learner in learners]))
-            saved = time.monotonic()
-        line = "  ".join(f"{name} {value}" for name, value in row.items() if value == value)
+            saved = time.monotonic()                                    # (a GPU's epoch may last a second)
+        line = "  ".join(f"{name} {value}" for name, value in rows[-1].items() if value == value)
         print(("\r\033[K" if sys.stdout.isatty() else "") + line, flush=True)
     model.load_state_dict(best["model"])
     nll = evaluate(model, test_tokens, 1, autocast)
