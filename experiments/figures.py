@@ -1,22 +1,20 @@
-"""The pictures of README.md that explain the method.
+"""The pictures that explain the method, and the picture of your own training. Needs matplotlib.
 
-    python experiments/figures.py      needs matplotlib (pip install matplotlib)
-
-steps.png: the five steps of a chunk. qrnn.png: a QRNN beside an LSTM. schedule.png: the rate of the
-alternating mode, with its real and synthetic runs.
+    python experiments/figures.py                        steps.png, qrnn.png and schedule.png, in experiments/
+    python experiments/figures.py trainings/FOLDER ..    training.png, here, of the log.csv in each folder
 """
 
+import sys
 from math import cos, pi
-
-import study                                                            # puts the modules above on the path
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import study                                                            # puts the modules above on the path
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from sgdr import run_at
 
-OUT = study.ROOT / "experiments"
 BLACK, RED, BLUE = "0.15", "#c62828", "#1565c0"
 
 
@@ -145,10 +143,31 @@ def schedule(epochs=75, base=5, rate=1e-3):
     return figure
 
 
+def training(folders):
+    """Validation perplexity above, learning rate below. Shaded: epochs of the first folder that ended with
+    synthetic gradients.
+    """
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained")
+    for n, folder in enumerate(folders):
+        rows = study.read(Path(folder, "log.csv"))
+        for axis, name in zip(axes, ("valid_perplexity", "learning_rate")):
+            axis.plot([int(row["epoch"]) for row in rows], [float(row[name]) for row in rows], marker=".",
+                      label=Path(folder).name)
+            for row in rows if n == 0 else ():
+                if row["gradient"] == "synthetic":
+                    axis.axvspan(int(row["epoch"]) - 1, int(row["epoch"]), color="0.9", linewidth=0, zorder=-1)
+            axis.set(ylabel=name.replace("_", " "), xlabel="epoch" if axis is axes[1] else "")
+    axes[0].legend()
+    return figure
+
+
 def main():
     matplotlib.use("Agg")
+    if len(sys.argv) > 1:
+        training(sys.argv[1:]).savefig("training.png", dpi=130)
+        return
     for draw in (steps, qrnn, schedule):
-        draw().savefig(OUT / f"{draw.__name__}.png", dpi=110)
+        draw().savefig(study.HERE / f"{draw.__name__}.png", dpi=110)
 
 
 if __name__ == "__main__":

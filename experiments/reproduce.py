@@ -1,27 +1,31 @@
 """The paper's five methods, and the one that it lacks, at equal budget, each with the recipe of its mode.
 
-    python experiments/reproduce.py                              PTB, 15 epochs, three seeds; resumable
-    python experiments/reproduce.py --data wt2 --seeds 42        WT2, 2 epochs
+    python experiments/reproduce.py                              PTB, 15 epochs, three seeds: 13 hours on a core
+    python experiments/reproduce.py --data wt2 --seeds 42        WT2, 2 epochs: 3 hours
     python experiments/reproduce.py --scale paper                the paper's configuration, for a GPU
+    python experiments/reproduce.py --search                     which learning rate suits which method?
 
-On PTB at scale small a training is `python train.py --mode MODE --data ptb` and no more. (It is compiled, and
-validated every quarter of an epoch: neither changes a number beyond rounding.) With another number of epochs
-the restarts, and the first use of a DNI, come at the same share of the training.
+On PTB at scale small a training is `python train.py --mode MODE --data ptb --compile` and no more. With another
+number of epochs, the restarts and the first use of a DNI come at the same share of the training. Scale paper
+is `--preset paper`, 320 epochs.
 
 `cosine` is the method that the paper lacks: one run of SGDR, as long as the training. Its rate falls once and
-never restarts. So it tells apart what restarts do and what any falling rate does. (`--mode restart --e-base
-15`: of the rates tried, the default is the best on validation text.)
+never restarts. So it tells apart what restarts do and what any falling rate does. (It is `--mode restart
+--e-base 15`.)
 
-Scale paper is `--preset paper`, 320 epochs.
+`--search`: a training is judged by its best validation perplexity at the end of an epoch; where there are
+three seeds, by their mean.
+
+All of it is resumable: after each epoch, for each training has a folder in trainings/.
 """
 
 import argparse
 import functools
+import subprocess
+import sys
 
 import study
 import train
-
-from harness import checkpoints, command_line
 
 METHODS = {"bptt": ["--mode", "bptt"],
            "dni": ["--mode", "dni"],
@@ -29,19 +33,31 @@ METHODS = {"bptt": ["--mode", "bptt"],
            "restart": ["--mode", "restart"],
            "dni-restart": ["--mode", "restart", "--gradient", "synthetic"],
            "alternating": ["--mode", "alternating"]}
-EPOCHS = {("small", "ptb"): 15, ("small", "wt2"): 2, ("paper", "ptb"): 320, ("paper", "wt2"): 320}
-SEEDS = {"small": (42, 43, 44), "paper": (42,)}
+# (corpus, method, epochs, seeds, rates)
+SEARCH = [("ptb", "bptt", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
+          ("ptb", "bptt", 15, (42,), (3e-3, 4e-3, 6e-3)),
+          ("ptb", "dni", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
+          ("ptb", "cosine", 15, (42,), (6e-3, 1e-2, 1.5e-2, 2e-2)),
+          ("ptb", "cosine", 15, (43, 44), (1e-2, 1.5e-2)),
+          ("ptb", "restart", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
+          ("ptb", "restart", 15, (42,), (1e-2, 1.5e-2)),
+          ("ptb", "dni-restart", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
+          ("ptb", "alternating", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
+          ("pydoc", "alternating", 15, (42,), (6e-3, 1e-2))]
 
 
 def settings(options):
-    """What train.py makes of its options."""
-    return command_line.parse(list(map(str, options)), train.PRESETS, checkpoints.read_settings, "")[0]
+    """The Settings that train.py makes of these options."""
+    return train.parse(list(map(str, options)))[0]
+
+
+def epochs_of(scale, data):
+    return 320 if scale == "paper" else 2 if data == "wt2" else 15
 
 
 def arguments(scale, data, method, epochs):
     """Options of train.py for a method that has so many epochs."""
-    chosen = ["--preset", scale] if scale != "small" else []
-    chosen += [*METHODS[method], "--data", data]
+    chosen = ["--preset", scale, *METHODS[method], "--data", data]
     usual = settings(chosen)
     share = epochs / usual.epochs
     if share != 1:
@@ -55,34 +71,42 @@ def arguments(scale, data, method, epochs):
     return chosen
 
 
-def recipe(scale, data, method, epochs):
-    """What these options stand for, beside the defaults of train.py, in words."""
-    changed = {name: value for name, value in vars(settings(arguments(scale, data, method, epochs))).items()
-               if value != getattr(train.SMALL, name) and name not in ("mode", "data", "gradient")}
-    return " ".join(f"{name} {value}" for name, value in changed.items()) or "defaults"
-
-
 def one(scale, case):
-    data, method, seed = case.values()
-    options = [*arguments(scale, data, method, EPOCHS[scale, data]), "--seed", seed,
-               "--compile", "--validate-every", 0.25]
-    folder = study.ROOT / "trainings" / f"reproduce-{scale}" / f"{data}-{method}-{seed}"
-    return study.train_run(case, options, folder)
+    """train.py in a folder of its own, resumed if it has begun. Returns the rows of its log.csv.
+
+    A case of the search also says how many epochs, and the rate.
+    """
+    data, method = case["data"], case["method"]
+    options = arguments(scale, data, method, case.get("epochs", epochs_of(scale, data)))
+    if "lr" in case:
+        options += ["--lr", case["lr"]]
+    folder = study.ROOT / "trainings" / "-".join(map(str, ["reproduce", scale, *case.values()]))
+    command = [sys.executable, study.ROOT / "train.py", *options, "--seed", case["seed"], "--compile",
+               "--resume", folder]
+    process = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(f"{case}: train.py ended with status {process.returncode}; the same command goes on")
+    tested = process.stdout.split()[-1]
+    return [{**case, **row, "test_perplexity": tested} for row in study.read(folder / "log.csv")]
 
 
 def main():
     parser = argparse.ArgumentParser(description="The paper's methods at equal budget.")
-    parser.add_argument("--scale", choices=SEEDS, default="small")
-    parser.add_argument("--data", choices=("ptb", "wt2"), default="ptb")
+    parser.add_argument("--search", action="store_true", help="the search of rates, at scale small")
+    parser.add_argument("--scale", choices=("small", "paper"), default="small")
+    parser.add_argument("--data", choices=("ptb", "wt2", "pydoc"), default="ptb")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time [%(default)s]")
     a = parser.parse_args()
-    recipes = {method: recipe(a.scale, a.data, method, EPOCHS[a.scale, a.data]) for method in a.methods}
-    cases = [dict(data=a.data, method=method, seed=seed)
-             for seed in a.seeds or SEEDS[a.scale] for method in a.methods]
-    study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases, a.jobs,
-              **recipes)
+    if a.search:
+        cases = [dict(data=data, method=method, epochs=epochs, lr=rate, seed=seed)
+                 for data, method, epochs, seeds, rates in SEARCH for seed in seeds for rate in rates
+                 if data == a.data and method in a.methods]
+        study.run(study.LOGS / "search.csv", functools.partial(one, "small"), cases)
+    else:
+        seeds = a.seeds or ((42, 43, 44) if a.scale == "small" else (42,))
+        cases = [dict(data=a.data, method=method, seed=seed) for seed in seeds for method in a.methods]
+        study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,39 @@
-"""What the studies share: cases, each worked once, several at a time, in a log that grows by whole cases.
+"""What the studies share: logs that grow by whole cases, a small model, and gradients that cross borders.
 
-A log is a CSV file. Its first columns name a case, and the rows of a case are written when it has ended; so a
-study that was stopped can be gone on with. Beside it, the JSON file of the same name says what machine and
-command it comes from.
+A log is a CSV file. Its first columns name a case, and the rows of a case are written when it has ended. So a
+study that was stopped can be resumed: a case that is in the log is not done again. Beside the log, a JSON file
+of the same name says which commands and machines it comes from.
+
+Glossary
+    recent    [(inputs, targets, state)]   the last chunks of a text, (T, B) each, and the state before each
+    borders   [(s, δ)]                     at each border the state, and the gradient of all loss to come
 """
 
-import concurrent.futures
+import contextlib
 import csv
 import datetime
 import json
-import multiprocessing
-import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "experiments" / "logs"
+HERE = ROOT / "experiments"
+LOGS = HERE / "logs"
 sys.path.insert(0, str(ROOT))
-from harness import checkpoints, machine                                # noqa: E402
+import train                                                            # noqa: E402
+from qrnn import QRNN                                                   # noqa: E402
 
 
-def processor():
-    """The processor's name, and whether it multiplies bf16 natively: then train.py does by default."""
-    try:
-        lines = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        name = lines[0].split(":")[1].strip()
-    except (OSError, IndexError):
-        name = platform.processor()
-    with machine.pick_autocast("auto", "cpu"):
-        return f"{name} {'with' if torch.is_autocast_enabled('cpu') else 'without'} bf16"
-
+# ----------------------------------------------------------------------------------------------------- a log
 
 def read(path):
-    """The rows of a log as dictionaries of strings; none where there is no log."""
+    """The rows of a log, {column: string}; none where there is no log."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -45,70 +41,105 @@ def read(path):
 
 
 def write(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]
-    with checkpoints.replacing(path) as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    """Write a log beside the old one and rename it over. The columns are those of the first row, by name."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
 
 
-def run(log, function, cases, jobs, **facts):
-    """Call function(case) -> rows for each case that `log` lacks, in `jobs` processes.
+def run(log, function, cases):
+    """Call function(case) -> rows for each case that the log lacks, and say how much is left.
 
-    Cases and rows are dictionaries; a row begins with its case. facts: what else the JSON file is to say; a
-    log is not gone on with where a fact that it tells has changed. A case that fails is told, and tried
-    again the next time; the exit status is then 1.
+    A case is {column: value}. Each row begins with the columns of its case.
     """
-    rows, about, failed = read(log), log.with_suffix(".json"), 0
-    history = json.loads(about.read_text()) if about.exists() else []
-    changed = [f"{name} {entry[name]}, now {value}" for entry in history
-               for name, value in facts.items() if entry.get(name, value) != value]
-    if changed:
-        sys.exit(f"{log} holds cases made with {'; '.join(changed)}: move it away first")
-    done = {tuple(row[name] for name in cases[0]) for row in rows}
-    cases = [case for case in cases if tuple(map(str, case.values())) not in done]
-    print(f"{log.name}: {len(cases)} runs to do, {jobs} at a time", flush=True)
-    started, threads = time.monotonic(), max(1, torch.get_num_threads() // jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    rows, began = read(log), time.monotonic()
+    done = {tuple(row[name] for name in case) for case in cases[:1] for row in rows}
+    left = [case for case in cases if tuple(map(str, case.values())) not in done]
+    print(f"{log.name}: {len(left)} of {len(cases)} cases to do", flush=True)
+    for n, case in enumerate(left, 1):
+        rows += function(case)
+        write(log, rows)
+        note_origin(log.with_suffix(".json"))
+        seconds = (time.monotonic() - began) / n * (len(left) - n)
+        last = (f"{name} {value}" for name, value in rows[-1].items())
+        print(f"{n} of {len(left)}, {datetime.timedelta(seconds=int(seconds))} left:", *last, flush=True)
+
+
+def note_origin(path):
+    """Add this command and this machine to the JSON file of a log."""
+    notes = json.loads(path.read_text()) if path.exists() else []
     command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
-    facts = {"command": command, "torch": torch.__version__, "python": platform.python_version(),
-             "machine": f"{processor()}, {jobs} runs at a time, {threads} threads each", **facts}
+    note = {"command": command, "torch": torch.__version__, "python": platform.python_version(),
+            "machine": f"{machine()}, {torch.get_num_threads()} threads"}
+    if note not in notes:
+        path.write_text(json.dumps([*notes, note], indent=1) + "\n")
+
+
+def machine():
+    """The GPU's name, or the processor's and whether it multiplies bf16 natively: then train.py does."""
     if torch.cuda.is_available():
-        facts["machine"] = f"{torch.cuda.get_device_name()}, {jobs} runs at a time"
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        try:
-            under_way = {pool.submit(function, case): case for case in cases}
-            for n, future in enumerate(concurrent.futures.as_completed(under_way), 1):
-                if future.exception():
-                    failed += 1
-                    print(f"{under_way[future]} failed: {future.exception()}", file=sys.stderr, flush=True)
-                    continue
-                rows += future.result()
-                log.parent.mkdir(parents=True, exist_ok=True)
-                write(log, rows)
-                told = history + [facts] * (facts not in history)
-                about.write_text(json.dumps(told, indent=1) + "\n")
-                left = datetime.timedelta(seconds=int((len(cases) - n) * (time.monotonic() - started) / n))
-                last = (f"{name} {value}" for name, value in rows[-1].items())
-                print(f"{n}/{len(cases)}, {left} left:", *last, flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            sys.exit("stopped; the same command goes on")
-    if failed:
-        sys.exit(f"{failed} of {len(cases)} cases failed; the same command tries them again")
+        return torch.cuda.get_device_name()
+    cpuinfo, name = Path("/proc/cpuinfo"), platform.processor()
+    if cpuinfo.exists() and "model name" in cpuinfo.read_text():
+        name = cpuinfo.read_text().split("model name")[1].split("\n")[0].strip("\t :")
+    with train.pick_device("cpu", "auto")[1]:
+        return f"{name} {'with' if torch.is_autocast_enabled('cpu') else 'without'} bf16"
 
 
-def train_run(case, arguments, folder):
-    """train.py with `arguments` in `folder`, or going on there; it refuses if the arguments were others.
+# ------------------------------------------------------------------------ a model, and gradients across borders
 
-    Returns the rows of its log, each with its case and the test perplexity.
+class Reader(nn.Module):
+    """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is.
+
+    forget: added to the biases of the forget gates; with 2 they begin at about sigmoid(2).
     """
-    where = ["--out", folder]
-    if checkpoints.begun(folder):
-        where = ["--resume", folder]
-        if arguments[0] == "--preset":                                  # which a checkpoint knows
-            arguments = arguments[2:]
-    command = [sys.executable, ROOT / "train.py", *map(str, [*arguments, *where])]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise RuntimeError(f"{case}: {process.stderr.strip()[-500:]}")
-    tested = process.stdout.split()[-1]
-    return [{**case, **row, "test_perplexity": tested} for row in read(folder / "log.csv")]
+
+    def __init__(self, vocabulary_size, embedding_size, hidden_size, forget=0.0):
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(vocabulary_size, embedding_size), QRNN(embedding_size, hidden_size)
+        self.decoder = nn.Linear(hidden_size, vocabulary_size)
+        with torch.no_grad():
+            self.rnn.layers[0].bias[hidden_size:2 * hidden_size] += forget
+
+    def forward(self, tokens, targets, state=None):
+        """Returns (nll, 0.0, state). The loss is that of the last len(targets) tokens.
+
+        nll is a sum over the targets that are not -100, divided by T B: the unit of dni.py.
+        """
+        h, state = self.rnn(self.embedding(tokens), state)
+        logits = self.decoder(h[-len(targets):]).to(h.dtype).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum") / targets.numel(), 0.0, state
+
+
+def full_update(model, optimizer, recent, clip, autocast=contextlib.nullcontext()):
+    """An update from the loss of the last of the `recent` chunks, backpropagated through all of them.
+
+    Returns the state after it. The chunks before the last are read again, with the weights of today.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with autocast:
+        nll, _, state = model(torch.cat([x for x, _, _ in recent]), recent[-1][1], recent[0][2])
+    nll.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return train.detach_state(state)
+
+
+def future_gradients(model, inputs, targets, T):
+    """The borders of a text in chunks of T, [(s, δ)]: lists of (B, H), by backpropagation without a cut.
+
+    δ is the gradient of one stream's summed loss, from the border to the end of the text.
+    """
+    state, loss, borders = None, 0.0, []
+    for x, y in zip(inputs.split(T), targets.split(T)):
+        if state:
+            borders.append([c for c, _ in state])
+            for c in borders[-1]:
+                c.retain_grad()
+        nll, _, state = model(x, y, state)
+        loss = loss + nll * x.numel()
+    loss.backward()
+    return [([c.detach() for c in s], [c.grad for c in s]) for s in borders]

@@ -1,207 +1,191 @@
-"""Does a synthetic gradient help on text? Which kind of g, at which chunk length T, at which learning rate of
-g?
+"""Does a synthetic gradient help on text? Which kind of g, at which chunk length T, at which rate of g?
 
     python experiments/text.py --study rates     each g at five rates, T of 2 and 5, one seed: 0
     python experiments/text.py --study T         each g at its best rate, T of 2, 5, 10 and 20, other seeds
-    python experiments/text.py --study alpha     the discount α of three kinds of g, T of 2 and 5
-    python experiments/text.py --study memory    g taught through K borders of its own time, in two ways
+    python experiments/text.py --study alpha     the discount α, T of 2 and 5
+    python experiments/text.py --study memory    the paper's g taught through K = 4 borders of its memory
     python experiments/text.py --study words     words, T of 5, 20 and 70
+    python experiments/text.py --study taught    how much of the true gradient each g can know, T = 2
 
 Characters of Penn Treebank, and in `words` its words. The model is an embedding of 64, one QRNN layer of 256
-and a decoder, B = 32, Adam at 2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, and
-read the same characters; on words they read the text once, with products in bf16 where the processor has it.
+and a decoder; B = 32, Adam at 2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, and read
+the same characters. Words are read once, with products in bf16 where the processor has it. Arms:
 
     bptt      truncated backpropagation through time
-    full      the loss of a chunk is backpropagated through the 40 steps before its end, or the chunk before
+    full      the loss of a chunk goes back through the 40 steps before its end, or through the chunk before
               it if that is longer: the ceiling
-    twice     the same through the chunk before alone, the simplest alternative to a g
+    twice     the same through the chunk before alone: the simplest alternative to a g
     linear    layer-wise, one linear map 256 -> 256
     mlp       layer-wise, 256 -> 256 -> 256 -> 256
     neuron    the paper's: neuron-wise, scalar in and out, memory h_g
-    neuron4   the same, taught through 4 borders of its own time (dni_bptt), at 4 times the cost of g
-    every4    the same, taught through 4 borders, in one update every 4 borders
-    named     neuron-wise, with a learnt vector of 50 numbers for each neuron
-    line      each neuron has its own line, a_i c_i + b_i
-    constant  each neuron has its own constant, b_i
+    neuron4   the same, taught through 4 borders (--dni-borders 4 of train.py)
+    line      a line for each neuron: a_i c_i + b_i
 
-The measure is bits per token on the validation text (of the characters the first 200,000), and for a g cosine
-and R^2 with its targets in the last fifth of the updates. Resumable: a case that is in the log is not run
-again.
+Measured are bits per token of the validation text (of the first 200,000 characters), and for a g cosine and R²
+with its targets in the last fifth of the updates.
+
+`taught`: in training g learns from its own predictions, about a model that changes. Here it has neither
+trouble. A model is trained by truncated BPTT for 10,000 updates, and its weights are frozen. Then each g is
+taught the true gradients of the states that the model passes through. R² is that of predictions made before
+learning from them, over the last fifth of the texts so far.
 """
 
 import argparse
-import functools
 import math
 import time
 
-import recall
 import study
 import torch
 import train
 from torch import nn
 
 import data
-from dni import Interface, LayerDNI, NeuronDNI, joined
-from harness import machine
-from qrnn import decoder_loss
+from dni import Agreement, Interface, LayerDNI, NeuronDNI, regress
 
-EMBEDDING, HIDDEN, B, REACH = 64, 256, 32, 40
-UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}                  # on characters
+EMBEDDING, HIDDEN, B, REACH, CLIP = 64, 256, 32, 40, 1.0
+UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}                  # on characters, by T
 WORDS = (5, 20, 70)                                                     # T on words
+WITHOUT_G, WITH_G = ("bptt", "full", "twice"), ("linear", "mlp", "line", "neuron", "neuron4")
+TAUGHT = (30, 100, 300)                                                 # after how many texts g is measured
 
-
-class Reader(recall.Reader):
-    def __init__(self, vocabulary):
-        super().__init__(vocabulary, EMBEDDING, HIDDEN, forget=0.0)
-
-    def nll(self, h, targets):
-        return decoder_loss(h.flatten(0, 1), self.decoder.weight, self.decoder.bias, targets.flatten())
-
-
-# ------------------------------------------------------------------------------------------------ kinds of g
 
 class Line(nn.Module):
-    """a_i c_i + b_i for neuron i; b_i alone without a slope."""
+    """g(c_i) = a_i c_i + b_i, with an a and a b for each neuron."""
 
-    def __init__(self, slope=True):
+    def __init__(self):
         super().__init__()
-        self.a = nn.Parameter(torch.zeros(HIDDEN)) if slope else 0.0
-        self.b = nn.Parameter(torch.zeros(HIDDEN))
+        self.a, self.b = nn.Parameter(torch.zeros(HIDDEN)), nn.Parameter(torch.zeros(HIDDEN))
 
     def forward(self, s, memory=None):
         return [self.a * c + self.b for c in s], None
 
 
-class Named(recall.Named):
-    """g also gets a learnt vector of 50 numbers for the neuron it looks at."""
-    neurons = HIDDEN
+def interface(arm, rate, alpha=1.0):
+    """The Interface of an arm, with a new g; None for the arms without one."""
+    if arm in WITHOUT_G:
+        return None
+    if arm in ("neuron", "neuron4"):
+        g = NeuronDNI()
+    else:
+        g = Line() if arm == "line" else LayerDNI([HIDDEN], HIDDEN if arm == "mlp" else 0)
+    return Interface(g, torch.optim.Adam(g.parameters(), rate, fused=True), alpha, 4 if arm == "neuron4" else 1)
 
 
-class Every(Interface):
-    """g taught through `bptt` borders in one update every `bptt` borders, on the errors of all of them."""
-
-    def reset(self):
-        super().reset()
-        self.errors = []
-
-    def predict(self, s):
-        predicted, self.memory = self.g([c.detach() for c in s], self.memory)
-        return predicted
-
-    def learn(self):
-        predicted, s, tokens = self.pending
-        self.pending = None
-        if predicted:
-            target = [tokens * c.grad for c in s]
-            self.agreement.update(predicted, target)
-            self.errors.append(nn.functional.mse_loss(joined(predicted), joined(target)))
-        if len(self.errors) == self.borders:
-            self.optimizer.zero_grad(set_to_none=True)
-            (sum(self.errors) / len(self.errors)).backward()
-            self.optimizer.step()
-            self.memory, self.errors = tuple(m.detach() for m in self.memory), []
-
-
-# arm: (g, its interface, K)
-ARMS = {"bptt": None, "full": None, "twice": None,
-        "linear": (lambda: LayerDNI([HIDDEN], 0), Interface, 1),
-        "mlp": (lambda: LayerDNI([HIDDEN], HIDDEN), Interface, 1),
-        "neuron": (NeuronDNI, Interface, 1), "neuron4": (NeuronDNI, Interface, 4),
-        "every4": (NeuronDNI, Every, 4), "named": (Named, Interface, 1), "line": (Line, Interface, 1),
-        "constant": (lambda: Line(slope=False), Interface, 1)}
-
-
-# ------------------------------------------------------------------------------------------------- one case
-
-def one(case, every=10, name="ptb-chars"):
-    """A row for each tenth of the updates, or for as many parts as `every` says."""
-    machine.keep_freed_memory()
+def one(case, name="ptb-chars", parts=10):
+    """Train. Returns a row for each of `parts` parts of the updates."""
+    train.keep_freed_memory()
     arm, T, corpus = case["arm"], case["T"], data.load_corpus(name)
     inputs, targets = data.streams(corpus.train, B)
-    mixed = machine.pick_autocast("auto" if name == "ptb" else "fp32", "cpu")
-    updates = UPDATES[T] if name == "ptb-chars" else len(inputs) // T // every * every
-    s = train.Settings(clip=1.0, bptt=T, batch_size=B)
+    _, autocast = train.pick_device("cpu", "auto" if name == "ptb" else "fp32")
+    updates = UPDATES[T] if name == "ptb-chars" else len(inputs) // T // parts * parts
     torch.manual_seed(case["seed"])
-    model = Reader(len(corpus.vocabulary))
+    model = study.Reader(len(corpus.vocabulary), EMBEDDING, HIDDEN)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
-    dni, state, recent, rows, started = None, None, [], [], time.monotonic()
-    reach = {"full": max(REACH // T, 2), "twice": 2}                    # in chunks
-    if ARMS[arm]:
-        g, kind, K = ARMS[arm]
-        g = g()
-        dni = kind(g, torch.optim.Adam(g.parameters(), case["rate"], fused=True), case["alpha"], K)
-    for k in range(updates):
-        start = k * T % (len(inputs) - T)
+    dni = interface(arm, case["rate"], case["alpha"])
+    reach = max(REACH // T, 2) if arm == "full" else 2                  # in chunks
+    state, recent, rows, began = None, [], [], time.monotonic()
+    for n in range(1, updates + 1):
+        start = (n - 1) * T % (len(inputs) - T)
         x, y = inputs[start:start + T], targets[start:start + T]
-        if arm in reach:
-            recent = [*recent, (x, y, state)][-reach[arm]:]
-            state = recall.full_update(model, optimizer, recent, s.clip, mixed)
+        if arm in ("full", "twice"):
+            recent = [*recent, (x, y, state)][-reach:]
+            state = study.full_update(model, optimizer, recent, CLIP, autocast)
         else:
-            _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, s, mixed)
-        if (k + 1) % (updates // every) == 0:
-            bits = train.evaluate(model, corpus.valid[:200_001], B, mixed) / math.log(2)
+            _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, CLIP, autocast)
+        if n % (updates // parts) == 0:
+            bits = train.evaluate(model, corpus.valid[:200_001], B, autocast) / math.log(2)
             cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
-            rows.append({**case, "updates": k + 1, "bits": round(bits, 4), "cosine": round(cosine, 4),
-                         "r2": round(r2, 5), "seconds": round(time.monotonic() - started, 1)})
-            if dni and k + 1 <= updates * 8 // 10:                      # the last fifth is kept
+            rows.append({**case, "updates": n, "bits": round(bits, 4), "cosine": round(cosine, 4),
+                         "r2": round(r2, 5), "seconds": round(time.monotonic() - began, 1)})
+            if dni and n <= updates * 8 // 10:
                 dni.agreement.reset()
     return rows
 
 
-def cases(which, chosen):
-    """The cases of a study: {arm, T, alpha, rate, seed}, "" where an arm has none. chosen: {arm: rate}."""
-    def case(arm, T, seed, rate="", alpha=1.0):
-        plain = ARMS[arm] is None
-        return dict(arm=arm, T=T, alpha="" if plain else alpha, rate="" if plain else rate, seed=seed)
+def one_word(case):
+    return one(case, "ptb", 5)
 
-    def at_best(arms, lengths, seeds, alpha=1.0):
-        return [case(arm, T, seed, chosen.get(arm, ""), alpha) for seed in range(1, seeds + 1)
-                for T in lengths for arm in arms if arm in chosen or not ARMS[arm]]
-    if which == "rates":
-        baselines = [case(arm, T, 0) for T in (2, 5) for arm in ("bptt", "full")]
-        quick, slow = ("linear", "mlp", "line", "constant"), ("neuron", "named")
-        return baselines + [case(arm, T, 0, rate) for arms in (quick, slow) for T in (2, 5)
-                            for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-6) for arm in arms]
-    if which == "T":
-        quick = ("bptt", "full", "twice", "linear", "mlp", "line", "constant")
-        return at_best(quick, UPDATES, 5) + at_best(("neuron", "named"), UPDATES, 3)
-    if which == "alpha":
-        return [c for alpha in (0.1, 0.9) for c in at_best(("linear", "mlp", "neuron"), (2, 5), 2, alpha)]
-    if which == "memory":
-        return [case(arm, 2, 0, rate) for rate in (1e-3, 1e-4) for arm in ("neuron4", "every4")]
-    return at_best(("bptt", "full", "linear", "mlp", "neuron"), WORDS, 3) + at_best(("twice",), (5,), 3)
+
+def one_taught(case, T=2, chunks=80):
+    """Teach g the true gradients of a frozen model. Returns a row for each number of texts in TAUGHT.
+
+    A text has 80 chunks. g learns at the borders of its first three quarters, and so from the gradients of 40
+    characters to come or more, in units of their root mean square. Its predictions count from the end of the
+    first quarter on.
+    """
+    corpus, seed = data.load_corpus("ptb-chars"), case["seed"]
+    inputs, targets = data.streams(corpus.train, B)
+    torch.manual_seed(seed)
+    model, state, read = study.Reader(len(corpus.vocabulary), EMBEDDING, HIDDEN), None, UPDATES[T] * T
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
+    for x, y in zip(inputs[:read].split(T), targets[:read].split(T)):
+        _, state = train.train_step(model, optimizer, None, x, y, state, False, CLIP)
+    dni, rows, agreement, unit, learned = interface(case["arm"], case["rate"]), [], Agreement(), None, 0
+    texts = zip(inputs[read:].split(T * chunks), targets[read:].split(T * chunks))
+    for n, (x, y) in zip(range(1, TAUGHT[-1] + 1), texts):
+        borders = study.future_gradients(model, x, y, T)
+        unit = unit or torch.cat([gradient for _, (gradient,) in borders]).square().mean().sqrt()
+        dni.reset()
+        for i, (s, gradient) in enumerate(borders[:len(borders) * 3 // 4]):
+            predicted, target = dni.predict(s), [d / unit for d in gradient]
+            if i >= len(borders) // 4:
+                agreement.update(predicted, target)
+            regress(dni.optimizer, predicted, target)
+        learned += len(borders) * 3 // 4 * B                            # a border counts once for each stream
+        if n in [count * 4 // 5 for count in TAUGHT]:                   # the last fifth is kept
+            agreement.reset()
+        if n in TAUGHT:
+            cosine, r2 = agreement.result()
+            rows.append({**case, "borders": learned, "cosine": round(cosine, 4), "r2": round(r2, 5)})
+    return rows
 
 
 def best_rates(rows):
-    """{arm: the rate with the fewest bits at the end, at T = 2 and 5 together}; alpha 1, seed 0."""
-    last = {}
+    """{arm: the rate with the fewest bits at the end, at T = 2 and 5 together}; α = 1, seed 0."""
+    found, best = {}, {}
     for row in rows:
-        ended = int(row["updates"]) == UPDATES[int(row["T"])]
-        searched = row["T"] in ("2", "5") and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0")
-        if ended and searched:
-            last.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
-    whole = {key: sum(bits) for key, bits in last.items() if len(bits) == 2}
-    return {arm: float(min((bits, rate) for (a, rate), bits in whole.items() if a == arm)[1])
-            for arm in {arm for arm, _ in whole}}
+        ended, searched = int(row["updates"]) == UPDATES[int(row["T"])], row["T"] in ("2", "5") and row["rate"]
+        if ended and searched and (row["alpha"], row["seed"]) == ("1.0", "0"):
+            found.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
+    for bits, arm, rate in sorted((sum(its), *key) for key, its in found.items() if len(its) == 2):
+        best.setdefault(arm, float(rate))
+    return best
+
+
+def cases(which, arms, best):
+    """The cases of a study. best: {arm: rate}. A column that means nothing to an arm is empty."""
+    def case(arm, T, seed, rate="", alpha=1.0):
+        alpha, rate = ("", "") if arm in WITHOUT_G else (alpha, rate or best[arm])
+        return dict(arm=arm, T=T, alpha=alpha, rate=rate, seed=seed)
+    kept = [arm for arm in arms if arm in WITHOUT_G or arm in best]
+    if which == "rates":
+        return ([case(arm, T, 0) for T in (2, 5) for arm in arms if arm in ("bptt", "full")]
+                + [case(arm, T, 0, rate) for T in (2, 5) for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-6)
+                   for arm in arms if arm in WITH_G and arm != "neuron4"])
+    if which == "T":
+        return [case(arm, T, seed) for seed in range(1, 6) for T in UPDATES for arm in kept
+                if arm != "neuron" or seed <= 3]
+    if which == "alpha":
+        return [case(arm, T, seed, alpha=alpha) for seed in (1, 2) for alpha in (0.1, 0.9) for T in (2, 5)
+                for arm in kept if arm in ("linear", "mlp")]
+    if which == "memory":
+        return [case("neuron4", 2, 0, rate) for rate in (1e-3, 1e-4)]
+    if which == "words":
+        return [case(arm, T, seed) for seed in (1, 2, 3) for T in WORDS for arm in kept
+                if arm != "line" and (arm != "twice" or T == 5)]
+    return [dict(arm=arm, rate=rate, seed=0) for rate in (1e-3, 1e-4, 1e-5) for arm in arms
+            if arm in WITH_G and arm != "neuron4"]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Which synthetic gradient helps on text, at what rate?")
-    parser.add_argument("--study", choices=("rates", "T", "alpha", "memory", "words"), default="rates")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="of them; all")
-    parser.add_argument("--jobs", type=int, default=2, help="cases at a time [%(default)s]")
+    parser.add_argument("--study", choices=("rates", "T", "alpha", "memory", "words", "taught"), default="rates")
+    parser.add_argument("--arms", nargs="+", choices=WITHOUT_G + WITH_G, default=WITHOUT_G + WITH_G)
     a = parser.parse_args()
-    log = study.LOGS / "text.csv"
-    chosen = best_rates(study.read(log))
-    if a.study not in ("rates", "memory") and not chosen:
-        parser.error("run --study rates first")
-    todo = [case for case in cases(a.study, chosen) if case["arm"] in a.arms]
-    model = f"QRNN of {HIDDEN}, embedding {EMBEDDING}, B = {B}, Adam 0.002, clip 1"
-    if a.study == "words":
-        study.run(study.LOGS / "text-words.csv", functools.partial(one, every=5, name="ptb"), todo, a.jobs,
-                  model=model)
-    else:
-        study.run(log, one, todo, a.jobs, model=model, updates=str(UPDATES))
+    todo = cases(a.study, a.arms, best_rates(study.read(study.LOGS / "text.csv")))
+    log, function = {"words": ("text-words", one_word),
+                     "taught": ("taught-ptb-chars", one_taught)}.get(a.study, ("text", one))
+    study.run(study.LOGS / f"{log}.csv", function, todo)
 
 
 if __name__ == "__main__":
