@@ -2274,7 +2274,8 @@ def test_the_tables_say_what_a_hand_would(studies):
     assert "|all|layer-wise DNI|0.72 [0.61, 0.84], 1/2 (rate 0.01)|" in text       # the rate of the search
     assert "|all|layer-wise DNI|1|0.1|0.40 [0.40, 0.40], 0/1|" in text             # another rate
     assert "|all|layer-wise DNI|1|0.30|0.80|" in text                              # the search
-    rows = [dict(data="ptb", method=method, seed=seed, epoch=epoch, valid_perplexity=v, test_perplexity=tested,
+    rows = [dict(data="ptb", method=method, seed=seed, epoch=epoch, valid_perplexity=v,
+                 test_perplexity=tested,
                  seconds="90")
             for method, seed, valid, tested in (("bptt", "1", "68", "9"), ("bptt", "2", "54", "11"),
                                                 ("dni", "1", "48", "1"), ("dni", "2", "22", "0.5"))
@@ -2289,7 +2290,8 @@ def test_figures_in_prose_stand_in_a_table(studies):
     prose = (HERE / "experiments" / "README.md").read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```", "", prose, flags=re.S)
     results = (HERE / "experiments" / "results.md").read_text(encoding="utf-8")
-    cells = set(re.findall(r"[\d.]+", "\n".join(line for line in results.split("\n") if line.startswith("|"))))
+    tables = [line for line in results.split("\n") if line.startswith("|")]
+    cells = set(re.findall(r"[\d.]+", "\n".join(tables)))
     found = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?|\d+/\d+", prose)
     assert len(found) > 30 and all(set(re.split(r" ± |/", number)) <= cells for number in found), found
 

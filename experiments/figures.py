@@ -147,7 +147,8 @@ def training(folders):
     """Validation perplexity above, learning rate below. Shaded: epochs of the first folder that ended with
     synthetic gradients.
     """
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained")
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1),
+                                layout="constrained")
     for n, folder in enumerate(folders):
         rows = study.read(Path(folder, "log.csv"))
         for axis, name in zip(axes, ("valid_perplexity", "learning_rate")):
@@ -155,7 +156,8 @@ def training(folders):
                       label=Path(folder).name)
             for row in rows if n == 0 else ():
                 if row["gradient"] == "synthetic":
-                    axis.axvspan(int(row["epoch"]) - 1, int(row["epoch"]), color="0.9", linewidth=0, zorder=-1)
+                    epoch = int(row["epoch"])
+                    axis.axvspan(epoch - 1, epoch, color="0.9", linewidth=0, zorder=-1)
             axis.set(ylabel=name.replace("_", " "), xlabel="epoch" if axis is axes[1] else "")
     axes[0].legend()
     return figure

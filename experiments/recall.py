@@ -1,11 +1,11 @@
 """Is credit carried across a border? The language `recall` of data.py, its delay longer than a chunk.
 
     python experiments/recall.py                     everything: some three hours; resumable
-    python experiments/recall.py --arms bptt linear full --borders 1 --seeds 1 --rates 1e-2 --log /tmp/look.csv
+    python experiments/recall.py --arms bptt linear full --borders 1 --seeds 1 --rates 1e-2
                                                      a first look, in a minute or two
 
-An episode shows a symbol, then fillers, then a query; the answer is the symbol. With b T - 1 fillers, b borders
-lie between symbol and query, and truncated BPTT cannot connect them. Arms, at equal updates and tokens:
+An episode shows a symbol, then fillers, then a query; the answer is the symbol. With b T - 1 fillers, b
+borders lie between symbol and query, and truncated BPTT cannot connect them. Arms, at equal updates:
 
     bptt      truncated: no gradient crosses a border
     full      the last chunk's loss, backpropagated through it and the b chunks before it, to the symbol
@@ -15,7 +15,7 @@ lie between symbol and query, and truncated BPTT cannot connect them. Arms, at e
 
 With `--counts all` every word is scored. With `answers` the answers alone are: in training, in the true
 gradient and in the perplexity. The rate of each g is the best of four, by accuracy, for each number of
-borders, on two seeds that serve for nothing else. The text never repeats. Twelve times in a training the model
+borders, on two seeds that serve for nothing else. The text never repeats. Twelve times a training the model
 is tested on a text of its own: accuracy of the answer (chance: 0.25), perplexity, and for a DNI cosine and R²
 of its predictions with
 
@@ -36,7 +36,8 @@ import train
 from data import episodes, recall
 from dni import Agreement, Interface, LayerDNI, NeuronDNI
 
-T, B, NEURONS, QUERY, CLIP = 10, 32, 64, 12, 1.0                        # tokens: 4 symbols, 8 fillers, the query
+# Tokens are 4 symbols, 8 fillers and the query.
+T, B, NEURONS, QUERY, CLIP = 10, 32, 64, 12, 1.0
 UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4, 1e-5), (100, 101)
 KINDS = {"linear": 0, "layer": 50}                                      # hidden units of a layer-wise g
 ARMS = ("bptt", "full", *KINDS, "neuron")

@@ -29,11 +29,13 @@ PAPER = {"bptt": ("truncated BPTT", 62.78, 72.6, None),
 RECALL = {"bptt": "truncated BPTT", "full": "full BPTT", "layer": "layer-wise DNI",
           "linear": "layer-wise DNI, one linear map", "neuron": "neuron-wise DNI"}
 TEXT = {"bptt": "truncated BPTT", "full": "longer BPTT (the ceiling)", "twice": "BPTT through two chunks",
-        "linear": "layer-wise, one linear map", "mlp": "layer-wise, MLP", "neuron": "neuron-wise (the paper's)",
-        "neuron4": "neuron-wise, taught through 4 borders", "line": "each neuron: a c + b"}
+        "linear": "layer-wise, one linear map", "mlp": "layer-wise, MLP",
+        "neuron": "neuron-wise (the paper's)", "neuron4": "neuron-wise, taught through 4 borders",
+        "line": "each neuron: a c + b"}
 RED, BLUE, GREEN, GREY, PURPLE, CYAN = "#d62728", "#1f77b4", "#2ca02c", "0.35", "#9467bd", "#17becf"
-COLOURS = {"bptt": GREY, "full": GREEN, "twice": PURPLE, "neuron": RED, "layer": CYAN, "linear": BLUE, "mlp": CYAN,
-           "line": "#ff7f0e", "dni": RED, "cosine": GREEN, "restart": GREY, "dni-restart": RED, "alternating": BLUE}
+COLOURS = {"bptt": GREY, "full": GREEN, "twice": PURPLE, "neuron": RED, "layer": CYAN, "linear": BLUE,
+           "mlp": CYAN, "line": "#ff7f0e", "dni": RED, "cosine": GREEN, "restart": GREY, "dni-restart": RED,
+           "alternating": BLUE}
 
 
 # ------------------------------------------------------------------------------------------- a few statistics
@@ -106,7 +108,8 @@ def given_back(found, key):
 def at_best(rows):
     """{(arm, T): key of `ends`}: each arm at α = 1 and the rate that text.py takes along."""
     best = best_rates(rows)
-    return {key[:2]: key for key in ends(rows) if key[2] in ("", "1.0") and key[3] in ("", str(best.get(key[0])))}
+    return {key[:2]: key for key in ends(rows)
+            if key[2] in ("", "1.0") and key[3] in ("", str(best.get(key[0])))}
 
 
 def text_rates(rows):
@@ -119,8 +122,8 @@ def text_rates(rows):
         for arm in TEXT:
             mine = [found.get((arm, T, "1.0", rate), {}).get("0") for rate in rates]
             if any(mine):
-                lines.append([TEXT[arm], *(f"{float(row['bits']):.3f} ({float(row['r2']):+.3f})" if row else ""
-                                           for row in mine)])
+                cells = (f"{float(row['bits']):.3f} ({float(row['r2']):+.3f})" if row else "" for row in mine)
+                lines.append([TEXT[arm], *cells])
     return table(["g, its learning rate:", *rates], lines)
 
 
@@ -138,13 +141,15 @@ def text_lengths(rows, keys):
                     more[1] = "" if arm == "full" or None in shares else spread(shares)
                 if key[3]:
                     more[2:] = (spread(numbers(its.values(), name), 3) for name in ("cosine", "r2"))
-                lines.append([T, TEXT[arm], key[3] or "-", len(its), spread(list(bits_of(its).values()), 3), *more])
+                bits = spread(list(bits_of(its).values()), 3)
+                lines.append([T, TEXT[arm], key[3] or "-", len(its), bits, *more])
     return table(["T", "", "rate of g", "seeds", "bits", "fewer than truncated BPTT, same seed",
                   "share of the ceiling's", "cosine with target", "R²"], lines)
 
 
 def characters(rows):
-    others, best, lines, alphas = [r for r in rows if r["seed"] != "0"], best_rates(rows), [], ("0.1", "0.9", "1.0")
+    others, best = [row for row in rows if row["seed"] != "0"], best_rates(rows)
+    lines, alphas = [], ("0.1", "0.9", "1.0")
     found = ends(others)
     for T in ("2", "5"):
         for arm in ("linear", "mlp"):
@@ -152,9 +157,11 @@ def characters(rows):
             if all(key in found for key in keys):
                 gains = [given_back(found, key) for key in keys]
                 seeds = sorted(set.intersection(*map(set, gains)))
-                lines.append([T, TEXT[arm], len(seeds), *(spread([g[seed][0] for seed in seeds], 3) for g in gains)])
+                fewer = (spread([gain[seed][0] for seed in seeds], 3) for gain in gains)
+                lines.append([T, TEXT[arm], len(seeds), *fewer])
     return ("Bits per character, and in brackets R² with g's own targets in the last fifth. One seed.\n\n"
-            + text_rates(rows) + "\nEach g at its best rate, α = 1, on seeds that were not used to find it.\n\n"
+            + text_rates(rows)
+            + "\nEach g at its best rate, α = 1, on seeds that were not used to find it.\n\n"
             + text_lengths(others, at_best(rows)) + "\nThe discount α: fewer bits than truncated BPTT, same "
             "seeds.\n\n" + table(["T", "", "seeds", *(f"α = {alpha}" for alpha in alphas)], lines))
 
@@ -174,8 +181,8 @@ def taught(rows):
     for (arm,), mine in groups(rows, "arm").items():
         last = groups(having(mine, borders=counts[-1]), "rate")
         (best,) = max(last, key=lambda rate: statistics.mean(numbers(last[rate], "r2")))
-        lines.append([TEXT[arm], best, *(spread(numbers(having(mine, rate=best, borders=n), "r2"), 4, " (one seed)")
-                                         for n in counts)])
+        found = (numbers(having(mine, rate=best, borders=n), "r2") for n in counts)
+        lines.append([TEXT[arm], best, *(spread(r2, 4, " (one seed)") for r2 in found)])
     return ("R² with the true gradient, of predictions made before learning from it, by the number of "
             "borders that g has learned from, each stream's counted; at the rate that is best in the end.\n\n"
             + table(["", "rate of g", *(f"{int(n):,}" for n in counts)], lines))
@@ -190,7 +197,8 @@ def finals(rows):
         if int(row["seed"]) in SEARCH_SEEDS:
             search.append(row)
     for case, its in groups(rows, "counts", "arm", "borders").items():
-        best, its = str(best_rate(search, *case)), [row for row in its if int(row["seed"]) not in SEARCH_SEEDS]
+        best = str(best_rate(search, *case))
+        its = [row for row in its if int(row["seed"]) not in SEARCH_SEEDS]
         found[case], others[case] = having(its, rate=best), [row for row in its if row["rate"] != best]
     return search, found, others
 
@@ -219,7 +227,8 @@ def recall(rows):
             if arm not in ("bptt", "full"):
                 agreement.append(of_g)
     for (counts, arm, b), its in others.items():
-        again += [[counts, RECALL[arm], b, rate, accuracy_of(mine)] for (rate,), mine in groups(its, "rate").items()]
+        again += [[counts, RECALL[arm], b, rate, accuracy_of(mine)]
+                  for (rate,), mine in groups(its, "rate").items()]
     rates = sorted({row["rate"] for row in search}, key=float, reverse=True)
     for (counts, arm, b), its in groups(search, "counts", "arm", "borders").items():
         last = [groups(having(its, rate=rate), "seed").values() for rate in rates]
@@ -228,8 +237,8 @@ def recall(rows):
         searched.append([counts, RECALL[arm], b, *means])
     searched.sort(key=lambda line: (line[0], line[1], line[2]))
     return (f"Accuracy of the answer after {max(int(row['updates']) for row in rows):,} updates, median "
-            "[quartiles] over the seeds (chance: 0.25), how many of the runs ended above 0.9, and the rate of g."
-            "\n\n" + table(["counted", "arm", *map(borders_of, borders)], lines)
+            "[quartiles] over the seeds (chance: 0.25), how many of the runs ended above 0.9, and the rate "
+            "of g.\n\n" + table(["counted", "arm", *map(borders_of, borders)], lines)
             + "\nDoes g learn? Cosine of its predictions with the true future gradient, and R² with its own "
               "targets in training; means over the tests of a run, medians over seeds.\n\n"
             + table(["counted", "arm", *(f"{borders_of(b)}: {of_what}" for b in borders
@@ -276,13 +285,14 @@ def methods(logs):
 def searched(rows):
     """The best validation perplexity of each case of `reproduce.py --search`."""
     lines = []
-    for (corpus, method, epochs, rate, seed), its in groups(rows, "data", "method", "epochs", "lr", "seed").items():
+    cases = groups(rows, "data", "method", "epochs", "lr", "seed")
+    for (corpus, method, epochs, rate, seed), its in cases.items():
         best = min(its, key=lambda row: float(row["valid_perplexity"]))
         lines.append([corpus, epochs, PAPER[method][0], rate, seed,
                       *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity"))])
     lines.sort(key=lambda line: (line[0], int(line[1]), line[2], float(line[5])))
-    return ("Perplexity of validation and training text (the latter with dropout) at the best epoch, with the "
-            "settings of preset `small`.\n\n"
+    return ("Perplexity of validation and training text (the latter with dropout) at the best epoch, with "
+            "the settings of preset `small`.\n\n"
             + table(["text", "epochs", "method", "rate", "seed", "validation", "training"], lines))
 
 
@@ -303,12 +313,13 @@ def gains_table(rows):
     found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
     lengths, lines = sorted({T for _, T, _, _ in found}, key=int), []
     for arm in ("full", "twice", "linear", "mlp", "neuron"):
-        gains = [given_back(found, keys[arm, T]).values() if keys.get((arm, T)) in found else [] for T in lengths]
+        gains = [given_back(found, keys[arm, T]).values() if keys.get((arm, T)) in found else []
+                 for T in lengths]
         lines.append([TEXT[arm], *(spread([gain for gain, _ in g], 3) if g else "" for g in gains)])
     return table(["bits saved per character", *(f"T = {T}" for T in lengths)], lines)
 
 
-# ---------------------------------------------------------------------------------------- figures, and all of it
+# ------------------------------------------------------------------------------------ figures, and all of it
 
 def figure_text(plt, rows):
     """Bits, share of the gap and R² against T, each arm at its best rate."""
@@ -365,8 +376,10 @@ def figure_curves(plt, rows):
     figure, axes = plt.subplots(len(corpora), 2, figsize=(9, 3.2 * len(corpora)), sharey="row", squeeze=False)
     for line, ((corpus,), its) in zip(axes, corpora.items()):
         epochs = float(its[-1]["epoch"])
-        for axis, methods, title in zip(line, (("bptt", "dni", "cosine"), ("restart", "dni-restart", "alternating")), (
-                "without restarts", "with a restart (dotted; shaded: alternating is synthetic)")):
+        sides = (("bptt", "dni", "cosine"), "without restarts"), (
+            ("restart", "dni-restart", "alternating"),
+            "with a restart (dotted; shaded: alternating is synthetic)")
+        for axis, (methods, title) in zip(line, sides):
             for method in methods:
                 for i, curve in enumerate(groups(having(its, method=method), "seed").values()):
                     axis.plot(numbers(curve, "epoch"), numbers(curve, "valid_perplexity"), linewidth=0.8,
@@ -410,8 +423,8 @@ def results(logs):
         else:
             text.append("Not run yet.\n")
     parameters = [sum(p.numel() for p in g.parameters()) for g in (NeuronDNI(), LayerDNI([1550] * 3 + [400]))]
-    text.append("\n## Size of the interface\n\nFor the paper's model (layers of 1550, 1550, 1550, 400): neuron-wise "
-                f"{parameters[0]:,} parameters, layer-wise {parameters[1]:,}.\n")
+    text.append("\n## Size of the interface\n\nFor the paper's model (layers of 1550, 1550, 1550, 400): "
+                f"neuron-wise {parameters[0]:,} parameters, layer-wise {parameters[1]:,}.\n")
     for path in (study.LOGS / "speed.txt", *sorted(study.LOGS.glob("gpu/*.txt"))):
         text.append(f"\n## Log: {path.relative_to(study.LOGS)}\n\n{path.read_text()}")
     # Prose in lines of at most 108 columns; the row of a table as it is.
@@ -424,7 +437,7 @@ def with_tables(readme, logs):
     for name, text in (("methods", methods_table(logs[METHODS[0]], logs[METHODS[1]])),
                        ("text", gains_table(logs["text"]))):
         readme = re.sub(rf"(<!-- table {name}.*?-->\n).*?(?=<!-- end -->)",
-                        lambda found: found[1] + text.replace(" ± ", "±"), readme, flags=re.S)     # to be narrow
+                        lambda found: found[1] + text.replace(" ± ", "±"), readme, flags=re.S)
     return readme
 
 

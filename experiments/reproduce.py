@@ -1,13 +1,13 @@
 """The paper's five methods, and the one that it lacks, at equal budget, each with the recipe of its mode.
 
-    python experiments/reproduce.py                              PTB, 15 epochs, three seeds: 13 hours on a core
+    python experiments/reproduce.py                              PTB, 15 epochs, three seeds: 13 core hours
     python experiments/reproduce.py --data wt2 --seeds 42        WT2, 2 epochs: 3 hours
     python experiments/reproduce.py --scale paper                the paper's configuration, for a GPU
     python experiments/reproduce.py --search                     which learning rate suits which method?
 
-On PTB at scale small a training is `python train.py --mode MODE --data ptb --compile` and no more. With another
-number of epochs, the restarts and the first use of a DNI come at the same share of the training. Scale paper
-is `--preset paper`, 320 epochs.
+On PTB at scale small a training is `python train.py --mode MODE --data ptb --compile` and no more. With
+another number of epochs, the restarts and the first use of a DNI come at the same share of the training. Scale
+paper is `--preset paper`, 320 epochs.
 
 `cosine` is the method that the paper lacks: one run of SGDR, as long as the training. Its rate falls once and
 never restarts. So it tells apart what restarts do and what any falling rate does. (It is `--mode restart

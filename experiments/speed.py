@@ -4,8 +4,8 @@
     python experiments/speed.py --sizes small     the small preset only: two minutes
 
 The contestants take turns, round after round. `products` are those of the same step and nothing else (for
-y = x W^T: y itself, dW = dy^T x and dx = dy W). A time is the median over the rounds; `times` is the median of
-each round's own ratio to the contestant named. Nothing else should be at work meanwhile.
+y = x W^T: y itself, dW = dy^T x and dx = dy W). A time is the median over the rounds; `times` is the median
+of each round's own ratio to the contestant named. Nothing else should be at work meanwhile.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VOCABULARY = 10_000                                                     # PTB's
 def table(title, contestants, against, rounds, device):
     """Print a table of contestants, {name: function}. against: how the one to divide by begins."""
     times = {name: [] for name in contestants}
-    for i, (name, function) in itertools.product(range(-3, rounds), contestants.items()):    # three to warm up
+    for i, (name, function) in itertools.product(range(-3, rounds), contestants.items()):  # 3 to warm up
         began = time.perf_counter()
         function()
         if device == "cuda":
@@ -63,7 +63,8 @@ def layer(module, size, autocast, device):
 
 def pooling(form, size, device):
     """Forward and backward of the recurrence alone."""
-    f, z, c0 = (a.to(device).requires_grad_() for a in (torch.rand(size), torch.randn(size), torch.randn(size[1:])))
+    leaves = torch.rand(size), torch.randn(size), torch.randn(size[1:])
+    f, z, c0 = (leaf.to(device).requires_grad_() for leaf in leaves)
     G = torch.randn(size, device=device)
 
     def once():
@@ -74,7 +75,8 @@ def pooling(form, size, device):
 
 def step(preset, mode, form, autocast, device):
     """A whole training step on random text. mode: bptt, dni, or dni4 (g taught through 4 borders)."""
-    flags = ["--preset", preset, "--mode", mode.rstrip("4"), *(["--dni-borders", "4"] if mode == "dni4" else [])]
+    flags = ["--preset", preset, "--mode", mode.rstrip("4")]
+    flags += ["--dni-borders", "4"] if mode == "dni4" else []
     settings, _, _ = train.parse(flags)
     model, optimizer, dni = train.build(settings, VOCABULARY, device)
     if form == "compiled":
@@ -96,12 +98,14 @@ def main():
     a = parser.parse_args()
     train.keep_freed_memory()
     device, _ = train.pick_device("auto", "fp32")
-    print(f"{study.machine()}, {torch.get_num_threads()} threads; torch {torch.__version__}; {a.rounds} rounds")
+    print(f"{study.machine()}, {torch.get_num_threads()} threads; torch {torch.__version__}; "
+          f"{a.rounds} rounds")
     for preset in a.sizes:
         s = train.preset(preset, "bptt", "ptb")
         H, rows, size = s.hidden_size, s.chunk * s.batch_size, (s.chunk, s.batch_size, s.hidden_size)
         table(f"The pooling alone, fp32, the loop under autograd; T, B, H = {size}", {
-            "Pool": pooling(pool, size, device), "pool_loop": pooling(pool_loop, size, device)}, "Pool", a.rounds, device)
+            "Pool": pooling(pool, size, device), "pool_loop": pooling(pool_loop, size, device)},
+            "Pool", a.rounds, device)
         sizes = [s.embedding_size] + [H] * (s.num_layers - 1) + [s.embedding_size]
         shapes = [(i * (2 if n == 0 else 1), 3 * o) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))]
         for name, kind in TYPES.items():
@@ -114,7 +118,8 @@ def main():
                 "nn.LSTM": layer(nn.LSTM(H, H), size, autocast, device),
                 "QRNN": layer(QRNN(H, H), size, autocast, device),
                 "QRNN, compiled": layer(compiled, size, autocast, device)}, "products", a.rounds, device)
-            contestants = {"products": products([*shapes, (s.embedding_size, VOCABULARY)], rows, kind, device)}
+            shapes = [*shapes, (s.embedding_size, VOCABULARY)]
+            contestants = {"products": products(shapes, rows, kind, device)}
             for form, mode in itertools.product(("plain", "compiled"), ("bptt", "dni", "dni4")):
                 contestants[f"{mode} {form}"] = step(preset, mode, form, autocast, device)
             table(f"A whole training step, {preset}, {name}", contestants, "products", a.rounds, device)

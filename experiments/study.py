@@ -1,8 +1,8 @@
 """What the studies share: logs that grow by whole cases, a small model, and gradients that cross borders.
 
 A log is a CSV file. Its first columns name a case, and the rows of a case are written when it has ended. So a
-study that was stopped can be resumed: a case that is in the log is not done again. Beside the log, a JSON file
-of the same name says which commands and machines it comes from.
+study that was stopped can be resumed: a case that is in the log is not done again. Beside the log, a JSON
+file of the same name says which commands and machines it comes from.
 
 Glossary
     recent    [(inputs, targets, state)]   the last chunks of a text, (T, B) each, and the state before each
@@ -89,7 +89,7 @@ def machine():
         return f"{name} {'with' if torch.is_autocast_enabled('cpu') else 'without'} bf16"
 
 
-# ------------------------------------------------------------------------ a model, and gradients across borders
+# ---------------------------------------------------------------------- a model, and gradients across borders
 
 class Reader(nn.Module):
     """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is.
@@ -99,7 +99,8 @@ class Reader(nn.Module):
 
     def __init__(self, vocabulary_size, embedding_size, hidden_size, forget=0.0):
         super().__init__()
-        self.embedding, self.rnn = nn.Embedding(vocabulary_size, embedding_size), QRNN(embedding_size, hidden_size)
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size)
+        self.rnn = QRNN(embedding_size, hidden_size)
         self.decoder = nn.Linear(hidden_size, vocabulary_size)
         with torch.no_grad():
             self.rnn.layers[0].bias[hidden_size:2 * hidden_size] += forget

@@ -8,7 +8,7 @@
     python experiments/text.py --study taught    how much of the true gradient each g can know, T = 2
 
 Characters of Penn Treebank, and in `words` its words. The model is an embedding of 64, one QRNN layer of 256
-and a decoder; B = 32, Adam at 2e-3, clip 1. All arms of a T make the same number of updates, UPDATES, and read
+and a decoder; B = 32, Adam at 2e-3, clip 1. All arms of a T make the same number of updates and read
 the same characters. Words are read once, with products in bf16 where the processor has it. Arms:
 
     bptt      truncated backpropagation through time
@@ -21,8 +21,8 @@ the same characters. Words are read once, with products in bf16 where the proces
     neuron4   the same, taught through 4 borders (--dni-borders 4 of train.py)
     line      a line for each neuron: a_i c_i + b_i
 
-Measured are bits per token of the validation text (of the first 200,000 characters), and for a g cosine and R²
-with its targets in the last fifth of the updates.
+Measured are bits per token of the validation text (of the first 200,000 characters), and for a g cosine and
+R² with its targets in the last fifth of the updates.
 
 `taught`: in training g learns from its own predictions, about a model that changes. Here it has neither
 trouble. A model is trained by truncated BPTT for 10,000 updates, and its weights are frozen. Then each g is
@@ -68,7 +68,8 @@ def interface(arm, rate, alpha=1.0):
         g = NeuronDNI()
     else:
         g = Line() if arm == "line" else LayerDNI([HIDDEN], HIDDEN if arm == "mlp" else 0)
-    return Interface(g, torch.optim.Adam(g.parameters(), rate, fused=True), alpha, 4 if arm == "neuron4" else 1)
+    optimizer = torch.optim.Adam(g.parameters(), rate, fused=True)
+    return Interface(g, optimizer, alpha, borders=4 if arm == "neuron4" else 1)
 
 
 def one(case, name="ptb-chars", parts=10):
@@ -144,7 +145,8 @@ def best_rates(rows):
     """{arm: the rate with the fewest bits at the end, at T = 2 and 5 together}; α = 1, seed 0."""
     found, best = {}, {}
     for row in rows:
-        ended, searched = int(row["updates"]) == UPDATES[int(row["T"])], row["T"] in ("2", "5") and row["rate"]
+        ended = int(row["updates"]) == UPDATES[int(row["T"])]
+        searched = row["T"] in ("2", "5") and row["rate"]
         if ended and searched and (row["alpha"], row["seed"]) == ("1.0", "0"):
             found.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
     for bits, arm, rate in sorted((sum(its), *key) for key, its in found.items() if len(its) == 2):
@@ -179,7 +181,8 @@ def cases(which, arms, best):
 
 def main():
     parser = argparse.ArgumentParser(description="Which synthetic gradient helps on text, at what rate?")
-    parser.add_argument("--study", choices=("rates", "T", "alpha", "memory", "words", "taught"), default="rates")
+    parser.add_argument("--study", default="rates",
+                        choices=("rates", "T", "alpha", "memory", "words", "taught"))
     parser.add_argument("--arms", nargs="+", choices=WITHOUT_G + WITH_G, default=WITHOUT_G + WITH_G)
     a = parser.parse_args()
     todo = cases(a.study, a.arms, best_rates(study.read(study.LOGS / "text.csv")))
