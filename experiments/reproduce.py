@@ -6,8 +6,8 @@
     python experiments/reproduce.py --search                     which learning rate suits which method?
 
 On PTB at scale small a training is `python train.py --mode MODE --data ptb --compile` and no more. With
-another number of epochs, the restarts and the first use of a DNI come at the same share of the training. Scale
-paper is `--preset paper`, 320 epochs.
+another number of epochs, the restarts and the first use of a DNI come at the same share of the training.
+Scale paper is `--preset paper`, 320 epochs.
 
 `cosine` is the method that the paper lacks: one run of SGDR, as long as the training. Its rate falls once and
 never restarts. So it tells apart what restarts do and what any falling rate does. (It is `--mode restart
