@@ -15,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from sgdr import run_at
 
-BLACK, RED, BLUE = "0.15", "#c62828", "#1565c0"
+BLACK, RED, BLUE, GREY = "0.15", "#c62828", "#1565c0", "0.94"
 
 
 def canvas(width, height):
@@ -27,138 +27,113 @@ def canvas(width, height):
     return figure, axis
 
 
-def box(axis, x, y, text, width=0.7, height=0.42, colour=BLACK, size=11):
+def write(axis, x, y, text, colour=BLACK, size=10, side="center", **look):
+    axis.text(x, y, text, ha=side, va="center", fontsize=size, color=colour, **look)
+
+
+def box(axis, x, y, text, width=0.7, height=0.42, colour=BLACK, size=11, edge=None, face="white"):
     """A box with its centre at (x, y)."""
-    axis.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, edgecolor=colour,
-                                  linewidth=1.3, facecolor="white",
-                                  boxstyle="round,pad=0,rounding_size=0.08"))
-    axis.text(x, y, text, ha="center", va="center", fontsize=size, color=colour)
-
-
-def arrow(axis, start, end, colour=BLACK):
-    axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour,
-                                   linewidth=1.4, shrinkA=0, shrinkB=0))
+    axis.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, edgecolor=edge or colour,
+                                  linewidth=1.3, facecolor=face, boxstyle="round,pad=0,rounding_size=0.08"))
+    write(axis, x, y, text, colour, size)
 
 
 def panel(axis, x, y, width, height, title):
     """A grey background with its lower left corner at (x, y)."""
-    axis.add_patch(FancyBboxPatch((x, y), width, height, facecolor="0.94", edgecolor="none",
-                                  boxstyle="round,pad=0,rounding_size=0.1"))
-    axis.text(x + 0.05, y + height + 0.2, title, fontsize=11, va="center", fontweight="bold")
+    box(axis, x + width / 2, y + height / 2, "", width, height, edge="none", face=GREY)
+    write(axis, x + 0.05, y + height + 0.2, title, size=11, side="left", fontweight="bold")
 
 
-def chunk(axis, xs, y):
-    """Cells from left to right: words below, losses above, forward in black and backward in red."""
-    for x in xs:
-        box(axis, x, y, "QRNN", width=0.8)
-        axis.text(x, y - 0.85, "word", ha="center", va="center", fontsize=10)
-        axis.text(x, y + 0.88, "loss", ha="center", va="center", fontsize=10)
-        arrow(axis, (x, y - 0.7), (x, y - 0.23))
-        arrow(axis, (x - 0.1, y + 0.23), (x - 0.1, y + 0.72))
-        arrow(axis, (x + 0.1, y + 0.72), (x + 0.1, y + 0.23), RED)
-    for left, right in zip(xs, xs[1:]):
-        arrow(axis, (left + 0.42, y + 0.08), (right - 0.42, y + 0.08))
-        arrow(axis, (right - 0.42, y - 0.08), (left + 0.42, y - 0.08), RED)
+def arrows(axis, colour, *ends):
+    """ends: (x, y, x, y), from and to."""
+    for x, y, to_x, to_y in ends:
+        axis.add_patch(FancyArrowPatch((x, y), (to_x, to_y), arrowstyle="-|>", mutation_scale=12,
+                                       color=colour, linewidth=1.4, shrinkA=0, shrinkB=0))
 
 
 def steps():
     figure, axis = canvas(10, 4.5)
-    y, border = 3.0, 5.0
     for left, title in ((0.35, "chunk k"), (5.75, "chunk k + 1")):
         panel(axis, left, 1.85, 3.9, 2.3, title)
-    chunk(axis, (1.0, 2.3, 3.6), y)
-    chunk(axis, (6.4, 7.7, 9.0), y)
-    axis.plot([border, border], [1.2, 4.15], color="0.55", linewidth=1.2, linestyle=(0, (4, 3)))
-    axis.text(border, 4.35, "border k + 1", ha="center", va="center", fontsize=11, color="0.35")
-    arrow(axis, (4.02, y + 0.08), (5.98, y + 0.08))
-    axis.text(4.92, y + 0.27, "state $s_{k+1}$", fontsize=10, ha="right")
-    axis.text(border, y - 0.1, "✕", color=RED, fontsize=13, ha="center", va="center")
-    arrow(axis, (5.98, y - 0.1), (5.12, y - 0.1), RED)
-    box(axis, border, 0.85, "g", width=0.9, height=0.46, colour=BLUE, size=13)
-    arrow(axis, (4.78, y), (4.78, 1.11), BLUE)
-    axis.text(4.74, 1.62, "sees", color=BLUE, fontsize=10, ha="right", va="center")
-    arrow(axis, (9.9, y - 0.1), (9.42, y - 0.1), BLUE)
-    axis.text(9.66, y - 0.3, "$\\alpha\\,\\hat\\delta_{k+2}$", color=BLUE, fontsize=10, ha="center",
-              va="center")
-    arrow(axis, (3.5, 0.7), (4.53, 0.7), BLUE)
-    arrow(axis, (5.47, 0.7), (6.5, 0.7), BLUE)
-    axis.text(6.6, 0.7, "memory $h_g$, from border to border", color=BLUE, fontsize=10, va="center")
-    axis.plot([4.53, 4.34, 4.34], [0.95, 0.95, y - 0.1], color=BLUE, linewidth=1.4)
-    arrow(axis, (4.34, y - 0.1), (4.02, y - 0.1), BLUE)
-    axis.text(4.25, 1.2, "2  synthesise: $\\alpha\\,\\hat\\delta_{k+1}$ goes into\n"
-                         "the backward pass of chunk k", color=BLUE, fontsize=10, ha="right", va="center")
-    arrow(axis, (5.28, y - 0.14), (5.28, 1.11), RED)
-    axis.text(5.6, 1.2, "4  regress, in chunk k + 1: g is taught the gradient\n"
-              "that $s_{k+1}$ receives there (with $\\alpha\\,\\hat\\delta_{k+2}$ in it)", color=RED,
-              fontsize=10, va="center")
-    axis.text(0.35, 0.25, "1  forward (black)        3  backward (red), stopped at the border        "
-              "5  update the weights of the QRNN", fontsize=10, va="center")
+    for n, x in enumerate((1.0, 2.3, 3.6, 6.4, 7.7, 9.0)):              # words below, losses above
+        box(axis, x, 3, "QRNN", width=0.8)
+        write(axis, x, 2.15, "word")
+        write(axis, x, 3.88, "loss")
+        arrows(axis, BLACK, (x, 2.3, x, 2.77), (x - 0.1, 3.23, x - 0.1, 3.72))
+        arrows(axis, RED, (x + 0.1, 3.72, x + 0.1, 3.23))
+        if n % 3:
+            arrows(axis, BLACK, (x - 0.88, 3.08, x - 0.42, 3.08))
+            arrows(axis, RED, (x - 0.42, 2.92, x - 0.88, 2.92))
+    axis.plot([5, 5], [1.2, 4.15], color="0.55", linewidth=1.2, linestyle=(0, (4, 3)))
+    write(axis, 5, 4.35, "border k + 1", "0.35", 11)
+    write(axis, 4.92, 3.31, "state $s_{k+1}$", side="right")
+    write(axis, 5, 2.9, "✕", RED, 13)
+    box(axis, 5, 0.85, "g", width=0.9, height=0.46, colour=BLUE, size=13)
+    write(axis, 4.74, 1.62, "sees", BLUE, side="right")
+    write(axis, 9.66, 2.7, "$\\alpha\\,\\hat\\delta_{k+2}$", BLUE)
+    write(axis, 6.6, 0.7, "memory $h_g$, from border to border", BLUE, side="left")
+    axis.plot([4.53, 4.34, 4.34], [0.95, 0.95, 2.9], color=BLUE, linewidth=1.4)
+    arrows(axis, BLACK, (4.02, 3.08, 5.98, 3.08))
+    arrows(axis, RED, (5.98, 2.9, 5.12, 2.9), (5.28, 2.86, 5.28, 1.11))
+    arrows(axis, BLUE, (4.78, 3, 4.78, 1.11), (9.9, 2.9, 9.42, 2.9), (3.5, 0.7, 4.53, 0.7),
+           (5.47, 0.7, 6.5, 0.7), (4.34, 2.9, 4.02, 2.9))
+    write(axis, 4.25, 1.2, "2  synthesise: $\\alpha\\,\\hat\\delta_{k+1}$ goes into\n"
+          "the backward pass of chunk k", BLUE, side="right")
+    write(axis, 5.6, 1.2, "4  regress, in chunk k + 1: g is taught the gradient\n"
+          "that $s_{k+1}$ receives there (with $\\alpha\\,\\hat\\delta_{k+2}$ in it)", RED, side="left")
+    write(axis, 0.35, 0.25, "1  forward (black)        3  backward (red), stopped at the border        "
+          "5  update the weights of the QRNN", side="left")
     return figure
 
 
 def qrnn():
     figure, axis = canvas(10, 3.5)
-    for left, title in ((0.2, "LSTM: each step waits for the one before"),
-                        (5.2, "QRNN: one product for all steps, then f × c")):
-        panel(axis, left, 0.35, 4.6, 2.65, title)
-    for n, x in enumerate((1.0, 2.5, 4.0)):
+    panel(axis, 0.2, 0.35, 4.6, 2.65, "LSTM: each step waits for the one before")
+    panel(axis, 5.2, 0.35, 4.6, 2.65, "QRNN: one product for all steps, then f × c")
+    box(axis, 7.5, 1.3, "$W x_1,\\; W x_2,\\; W x_3$ at once: gates of all steps", width=4.1, colour=BLUE)
+    for n, x in enumerate((1.0, 2.5, 4.0), 1):
         box(axis, x, 1.75, "$W\\,[x_t, h_{t-1}]$", width=1.1, height=0.5, colour=RED)
-        arrow(axis, (x, 0.85), (x, 1.48))
-        axis.text(x, 0.68, f"$x_{n + 1}$", ha="center", va="center", fontsize=11)
-        arrow(axis, (x, 2.02), (x, 2.5))
-        axis.text(x, 2.66, f"$h_{n + 1}$", ha="center", va="center", fontsize=11)
-        if n < 2:
-            arrow(axis, (x + 0.57, 1.75), (x + 0.93, 1.75), RED)
-    box(axis, 7.5, 1.3, "$W x_1,\\; W x_2,\\; W x_3$ at once: gates of all steps", width=4.1,
-        height=0.42, colour=BLUE)
-    for n, x in enumerate((6.0, 7.5, 9.0)):
-        arrow(axis, (x, 0.75), (x, 1.07))
-        axis.text(x, 0.58, f"$x_{n + 1}$", ha="center", va="center", fontsize=11)
-        arrow(axis, (x, 1.53), (x, 1.83))
-        box(axis, x, 2.05, f"$f_{n + 1} c_{n} + (1 - f_{n + 1}) z_{n + 1}$", width=1.28, height=0.4, size=8)
-        arrow(axis, (x, 2.27), (x, 2.57))
-        axis.text(x, 2.72, f"$c_{n + 1} \\to h_{n + 1} = o_{n + 1} c_{n + 1}$", ha="center", va="center",
-                  fontsize=9)
-        if n < 2:
-            arrow(axis, (x + 0.65, 2.05), (x + 0.85, 2.05))
+        box(axis, x + 5, 2.05, f"$f_{n} c_{n - 1} + (1 - f_{n}) z_{n}$", width=1.28, height=0.4, size=8)
+        arrows(axis, BLACK, (x, 0.85, x, 1.48), (x, 2.02, x, 2.5), (x + 5, 0.75, x + 5, 1.07),
+               (x + 5, 1.53, x + 5, 1.83), (x + 5, 2.27, x + 5, 2.57))
+        write(axis, x, 0.68, f"$x_{n}$", size=11)
+        write(axis, x, 2.66, f"$h_{n}$", size=11)
+        write(axis, x + 5, 0.58, f"$x_{n}$", size=11)
+        write(axis, x + 5, 2.72, f"$c_{n} \\to h_{n} = o_{n} c_{n}$", size=9)
+        if n < 3:
+            arrows(axis, RED, (x + 0.57, 1.75, x + 0.93, 1.75))
+            arrows(axis, BLACK, (x + 5.65, 2.05, x + 5.85, 2.05))
     return figure
 
 
 def schedule(epochs=75, base=5, rate=1e-3):
-    figure, axis = plt.subplots(figsize=(10, 2.8))
+    figure, axis = plt.subplots(figsize=(10, 2.8), layout="tight")
     at = [epochs * i / 3000 for i in range(3000)]
     runs = [run_at(epoch, base) for epoch in at]
     axis.plot(at, [rate * (1 + cos(pi * run.elapsed / run.length)) / 2 for run in runs], color=BLACK)
-    for index in sorted({run.index for run in runs}):
+    for index, source, colour in ((0, "real", BLACK), (1, "synthetic", BLUE), (2, "real", BLACK),
+                                  (3, "synthetic", BLUE)):
         span = [epoch for epoch, run in zip(at, runs) if run.index == index]
-        synthetic = index % 2 == 1
-        axis.axvspan(span[0], span[-1], color=BLUE if synthetic else "white", alpha=0.12, linewidth=0)
-        source = "synthetic" if synthetic else "real"
-        axis.text((span[0] + span[-1]) / 2, 1.13 * rate, f"run {index}\n{source}", ha="center", va="center",
-                  fontsize=9, color=BLUE if synthetic else BLACK)
+        axis.axvspan(span[0], span[-1], color=BLUE, alpha=0.12 * (index % 2), linewidth=0)
+        write(axis, (span[0] + span[-1]) / 2, 1.13 * rate, f"run {index}\n{source}", colour, 9)
     axis.set(xlim=(0, epochs), ylim=(0, 1.28 * rate), xlabel="epoch", ylabel="learning rate",
              yticks=[0, rate / 2, rate])
     axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     return figure
 
 
 def training(folders):
-    """Validation perplexity above, learning rate below. Shaded: epochs of the first folder that ended with
-    synthetic gradients.
-    """
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1),
-                                layout="constrained")
-    for n, folder in enumerate(folders):
-        rows = study.read(Path(folder, "log.csv"))
-        for axis, name in zip(axes, ("valid_perplexity", "learning_rate")):
+    """Validation perplexity above, learning rate below. Shaded: synthetic epochs of the first folder."""
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="tight")
+    for axis, name in zip(axes, ("valid_perplexity", "learning_rate")):
+        for folder in folders:
+            rows = study.read(Path(folder, "log.csv"))
             axis.plot([int(row["epoch"]) for row in rows], [float(row[name]) for row in rows], marker=".",
-                      label=Path(folder).name)
-            for row in rows if n == 0 else ():
-                if row["gradient"] == "synthetic":
-                    epoch = int(row["epoch"])
-                    axis.axvspan(epoch - 1, epoch, color="0.9", linewidth=0, zorder=-1)
-            axis.set(ylabel=name.replace("_", " "), xlabel="epoch" if axis is axes[1] else "")
+                      label=folder)
+        for row in study.read(Path(folders[0], "log.csv")):
+            if row["gradient"] == "synthetic":
+                axis.axvspan(int(row["epoch"]) - 1, int(row["epoch"]), color="0.9", linewidth=0, zorder=-1)
+        axis.set(ylabel=name.replace("_", " "), xlabel="epoch")
     axes[0].legend()
     return figure
 
@@ -166,8 +141,7 @@ def training(folders):
 def main():
     matplotlib.use("Agg")
     if len(sys.argv) > 1:
-        training(sys.argv[1:]).savefig("training.png", dpi=130)
-        return
+        return training(sys.argv[1:]).savefig("training.png", dpi=130)
     for draw in (steps, qrnn, schedule):
         draw().savefig(study.HERE / f"{draw.__name__}.png", dpi=110)
 

@@ -1,6 +1,6 @@
 """The paper's five methods, and the one that it lacks, at equal budget, each with the recipe of its mode.
 
-    python experiments/reproduce.py                              PTB, 15 epochs, three seeds: 13 core hours
+    python experiments/reproduce.py                              PTB, 15 epochs, three seeds: 13 hours
     python experiments/reproduce.py --data wt2 --seeds 42        WT2, 2 epochs: 3 hours
     python experiments/reproduce.py --scale paper                the paper's configuration, for a GPU
     python experiments/reproduce.py --search                     which learning rate suits which method?
