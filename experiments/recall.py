@@ -31,7 +31,6 @@ from dni import Interface, LayerDNI, NeuronDNI
 
 T, B, NEURONS, QUERY, CLIP = 10, 32, 64, 12, 1.0                        # 4 symbols, 8 fillers, the query: 12
 UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4, 1e-5), (100, 101)
-ARMS = ("bptt", "full", "linear", "layer", "neuron")
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def best_rate(rows, counts, arm, b):
 def main():
     parser = argparse.ArgumentParser(description="Is credit carried across a border?")
     parser.add_argument("--counts", nargs="+", choices=("all", "answers"), default=("all", "answers"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", default=("bptt", "full", "linear", "layer", "neuron"))
     parser.add_argument("--borders", nargs="+", type=int, default=(1, 2, 3))
     parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
     parser.add_argument("--log", type=Path, default=study.LOGS / "recall.csv")

@@ -50,11 +50,6 @@ def numbers(rows, name):
     return [float(row[name]) for row in rows]
 
 
-def quartiles(values):
-    """(first quartile, median, third)"""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
-
 def spread(values, digits=2):
     """mean ± standard deviation where there are several values; "" for none."""
     if not values:
@@ -153,7 +148,8 @@ def recall(rows):
     final = [row for row in rows if int(row["seed"]) not in SEARCH_SEEDS]
     for (counts, arm, b, rate), its in groups(final, "counts", "arm", "borders", "rate").items():
         accuracy = numbers(its, "accuracy")
-        low, middle, high = quartiles(accuracy)
+        several = accuracy * 2 if len(accuracy) == 1 else accuracy
+        low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
         found = rate == str(best_rate(rows, counts, arm, b))
         lines.append([counts, b, RECALL[arm], (rate or "-") if found else f"{rate}, tried afterwards",
                       f"{middle:.2f} [{low:.2f}, {high:.2f}]",

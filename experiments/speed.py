@@ -9,6 +9,7 @@ the median of each round's own ratio to the first contestant. Nothing else shoul
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import time
@@ -24,21 +25,33 @@ torch._dynamo.config.recompile_limit = 64                               # all co
 VOCABULARY = 10_000                                                     # PTB's
 
 
+def seconds(function, device, times=1):
+    """The mean of a few calls in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait()
+    return (time.perf_counter() - began) / times
+
+
 def table(title, contestants, rounds, device):
     """Print a table of contestants, {name: function}; the first is what the others are compared with."""
     times = {name: [] for name in contestants}
-    for n, (name, function) in itertools.product(range(-3, rounds), contestants.items()):       # 3 to warm up
-        began = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if n >= 0:
-            times[name].append(time.perf_counter() - began)
+    for _, (name, function) in itertools.product(range(3 + rounds), contestants.items()):
+        times[name].append(seconds(function, device))
     first = next(iter(times.values()))
     print(f"\n{title}\n\n|  | ms | times |\n|---|---|---|")
-    for name, its in times.items():
-        ratio = statistics.median(a / b for a, b in zip(its, first))
-        print(f"| {name} | {1e3 * statistics.median(its):,.2f} | {ratio:.2f} |", flush=True)
+    for name, its in times.items():                                     # without the first three rounds
+        ratio = statistics.median(a / b for a, b in zip(its[3:], first[3:]))
+        print(f"| {name} | {1e3 * statistics.median(its[3:]):,.2f} | {ratio:.2f} |", flush=True)
+
+
+def shapes_of(settings):
+    """[(inputs, outputs)] of all products of a model: layers, the first with a window of 2, and decoder."""
+    E, H = settings.embedding_size, settings.hidden_size
+    return [(2 * E, 3 * H), *[(H, 3 * H)] * (settings.num_layers - 2), (H, 3 * E), (E, VOCABULARY)]
 
 
 def products(shapes, rows, kind, device):
@@ -61,14 +74,20 @@ def both_ways(function, inputs, size, autocast, device, parameters=()):
     return once
 
 
-def step(preset, mode, form, autocast, device):
+def layer(kind, size, autocast, device, compiled=False):
+    """One layer of H neurons, forward and backward. size: (T, B, H)."""
+    module = kind(size[2], size[2]).to(device)
+    if compiled:
+        train.compile_modules([module])
+    return both_ways(module, (size,), size, autocast, device, list(module.parameters()))
+
+
+def step(settings, form, autocast, device):
     """A whole training step on random text; in mode dni with a synthetic gradient."""
-    settings = train.preset(preset, mode, "ptb")
     model, optimizer, dni = train.build(settings, VOCABULARY, device)
     if form == "compiled":
         train.compile_modules([model] if dni is None else [model, dni.g])
-    text = torch.randint(VOCABULARY, (settings.chunk + 1, settings.batch_size), device=device)
-    state = None
+    text, state = torch.randint(VOCABULARY, (settings.chunk + 1, settings.batch_size), device=device), None
 
     def once():
         nonlocal state
@@ -87,25 +106,22 @@ def main():
     print(f"{study.machine()}; torch {torch.__version__}; {a.rounds} rounds")
     for preset in a.sizes:
         s = train.preset(preset, "bptt", "ptb")
-        E, H, rows = s.embedding_size, s.hidden_size, s.chunk * s.batch_size
-        size = s.chunk, s.batch_size, H
-        shapes = [(2 * E, 3 * H), *[(H, 3 * H)] * (s.num_layers - 2), (H, 3 * E), (E, VOCABULARY)]
-        fp32 = torch.autocast(device, enabled=False)
-        table(f"The pooling alone, fp32, the loop under autograd; T, B, H = {size}", {
-            form.__name__: both_ways(form, (size, size, size[1:]), size, fp32, device)
-            for form in (pool, pool_loop)}, a.rounds, device)
+        H, rows, size = s.hidden_size, s.chunk * s.batch_size, (s.chunk, s.batch_size, s.hidden_size)
+        contestants = {form.__name__: both_ways(form, (size, size, size[1:]), size, contextlib.nullcontext(),
+                                                device) for form in (pool, pool_loop)}
+        title = f"The pooling alone, fp32, the loop under autograd; T, B, H = {size}"
+        table(title, contestants, a.rounds, device)
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             autocast = torch.autocast(device, kind, kind != torch.float32)
-            layers = {"nn.LSTM": nn.LSTM(H, H), "QRNN": QRNN(H, H), "QRNN, compiled": QRNN(H, H)}
-            train.compile_modules([layers["QRNN, compiled"]])
-            contestants = {"products": products([(H, 3 * H)], rows, kind, device)}
-            for what, module in layers.items():
-                contestants[what] = both_ways(module.to(device), (size,), size, autocast, device,
-                                              list(module.parameters()))
+            contestants = {"products": products([(H, 3 * H)], rows, kind, device),
+                           "nn.LSTM": layer(nn.LSTM, size, autocast, device),
+                           "QRNN": layer(QRNN, size, autocast, device),
+                           "QRNN, compiled": layer(QRNN, size, autocast, device, compiled=True)}
             table(f"One layer, forward and backward, {name}; T, B, H = {size}", contestants, a.rounds, device)
-            contestants = {"products": products(shapes, rows, kind, device)}
+            contestants = {"products": products(shapes_of(s), rows, kind, device)}
             for form, mode in itertools.product(("plain", "compiled"), ("bptt", "dni")):
-                contestants[f"{mode} {form}"] = step(preset, mode, form, autocast, device)
+                settings = train.preset(preset, mode, "ptb")
+                contestants[f"{mode} {form}"] = step(settings, form, autocast, device)
             table(f"A whole training step, {preset}, {name}", contestants, a.rounds, device)
 
 
