@@ -299,17 +299,17 @@ class Agreement:
 
     def reset(self):
         """Forget all that was seen."""
-        self.sums = torch.zeros(4)
+        self.sums = torch.zeros(())                                     # (4,) where something was seen
 
     def update(self, predicted, target):
         """Take in the predictions and targets of one border, lists of tensors of the same shapes."""
         p, t = flatten(predicted).detach().float(), flatten(target).detach().float()
-        sums = torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])    # stays on the device
-        self.sums = self.sums.to(sums.device) + sums / len(p)
+        sums = torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])
+        self.sums = self.sums + sums / len(p)                           # stays on the device
 
     def result(self):
         """(cosine, R²) as floats; nan where nothing, or nothing but zeros, was seen."""
-        pt, pp, tt, error = self.sums.cpu().double().unbind()
+        pt, pp, tt, error = self.sums.cpu().double().expand(4)
         return (pt / (pp * tt).sqrt()).item(), (1 - error / tt).item()
 
 

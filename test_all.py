@@ -43,6 +43,7 @@ from torch import nn
 from torch.autograd import grad
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.testing import assert_close as close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import dni as dni_module
@@ -506,6 +507,34 @@ def test_compiled_is_plain(product, device):
     assert counters["stats"]["unique_graphs"] >= 6 and not counters["graph_break"], counters
     for a, b in zip(compiled, four_steps(False, device, product), strict=True):
         assert (a - b).norm() <= (1e-5 if product == torch.float32 else 1e-2) * b.norm()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are no views: about what a GPU is asked to do, kernel by kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        views = [r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns]
+        if not any(views) and not re.search("empty|profiler|unsafe_view", str(operation)):
+            self.names.append(operation.__name__)
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("mode, most", [("bptt", 330), ("dni", 500)])
+def test_a_step_of_the_papers_model_asks_a_gpu_for_little(mode, most):
+    """At most so many kernels for any T, and no question that the CPU would have to wait for."""
+    s = dataclasses.replace(train.preset("paper", mode, "ptb"), hidden_size=9, embedding_size=7, chunk=20)
+    model, optimizer, dni = train.build(s, 30, "cpu")
+    (inputs, targets), state, counts = data.streams(torch.arange(481) % 29, 4), None, []
+    for x, y in zip(inputs.split([20, 20, 40, 40]), targets.split([20, 20, 40, 40])):
+        with Launches() as launches, torch.autocast("cpu", torch.bfloat16):
+            _, state = train.train_step(model, optimizer, dni, x, y, state, mode == "dni", s.clip)
+        counts.append(len(launches.names))
+        assert not {"_local_scalar_dense.default", "nonzero.default"} & set(launches.names)
+    assert most / 2 < counts[2] == counts[3] <= most, counts            # (in the first steps Adam begins)
 
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch, capsys):
@@ -1387,6 +1416,20 @@ def test_device_and_precision_are_as_asked():
             assert device == "cpu" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
 
 
+@CUDA
+@pytest.mark.parametrize("method", ["bptt", "dni", "alternating", "restart", "dni-restart"])
+def test_a_gpu_trains_as_a_cpu_does(method, corpus, tmp_path, cuda="cuda"):
+    """Two epochs without dropout: perplexities to half a percent (a GPU's float32 products are TF32)."""
+    logs = []
+    for device in ("cpu", cuda):
+        dropouts = [f"--dropout-{place}=0" for place in ("input", "hidden", "output")]
+        succeed(*reproduce.METHODS[method], "--data", corpus, *TINY, *dropouts, "--epochs", 2, "--device", device,
+                "--out", tmp_path / device)
+        logs.append([float(row[name]) for row in left_by(tmp_path / device)[0]
+                     for name in ("train_perplexity", "valid_perplexity")])
+    assert logs[0] == pytest.approx(logs[1], rel=5e-3)
+
+
 def test_texts_and_folders(corpus, tmp_path, monkeypatch):
     """A folder with a text is found again from elsewhere. Without --out a training is in trainings/. What is
     wrong with either is told before any training, without a trace.
@@ -1474,6 +1517,28 @@ def test_the_recipe_is_what_the_search_found():
         valid = {rate: statistics.mean(its) for rate, its in found.items()}
         lr = reproduce.settings(reproduce.arguments("small", "ptb", method, int(epochs))).lr
         assert len(valid) > 1 and valid[lr] == min(valid.values()), (method, valid)     # two may be as good
+
+
+@SLOW
+def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
+    """experiments/gpu.py at a tiny size: each stage comes to its end, and its files say what they should."""
+    shutil.rmtree(home := HERE / "trainings" / "gpu-tiny-five", ignore_errors=True)
+    for stages in ("environment correctness sharing trainings", "steps trainings"):
+        command = f"experiments/gpu.py --out {tmp_path} --device cpu --scale tiny --seconds 400 --stages {stages}"
+        subprocess.run([sys.executable, *shlex.split(command)], cwd=HERE, check=True, capture_output=True)
+        said = (tmp_path / "report.txt").read_text()
+        assert all(f"{stage}: exit status 0" in said for stage in stages.split()), said
+    shutil.rmtree(home)
+    tables = {path.stem: study.read(path) for path in tmp_path.glob("*.csv")}
+    methods = ["bptt", "dni", "alternating", "restart", "dni-restart"]
+    assert [row["method"] for row in tables["agreement"]] == methods
+    assert not any(report.numbers(tables["agreement"], "differs_by"))   # a CPU beside the same
+    ended = {row["method"]: row for row in tables["trainings"]}
+    assert list(ended) == methods and all(float(row["test_perplexity"]) < 10 for row in ended.values())
+    assert {row["epoch"] for row in ended.values()} == {row["epochs planned"] for row in ended.values()}
+    assert {"bptt plain", "dni compiled", "nn.LSTM layer"} < {row["what"] for row in tables["steps"]}
+    assert len(tables["sharing"]) == 2 and "passed" in (tmp_path / "tests.txt").read_text()
+    assert "dni compiled" in (tmp_path / "profile.txt").read_text() and "TFLOP/s" in said
 
 
 def test_results_are_what_the_logs_say():

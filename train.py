@@ -132,7 +132,7 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
     # The random numbers of an epoch depend on the seed and its number alone: so a training can be resumed.
     torch.manual_seed(random.Random(f"{settings.seed} {epoch}").getrandbits(63))
     (inputs, targets), length = text, text[0].shape[0]
-    state, losses, began, shown = None, [], time.monotonic(), 0.0
+    state, losses, began, looked, ask = None, [], time.monotonic(), 0.0, None
     model.train()
     if dni:
         dni.reset()
@@ -152,11 +152,13 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
         losses.append(nll * (stop - start))                             # stays on the device
         if nll.device.type == "cpu" and not math.isfinite(nll):
             break
-        if sys.stdout.isatty() and time.monotonic() - shown > 0.5:      # progress, twice a second
-            shown = time.monotonic()
-            left = (shown - began) * (length / stop * (settings.epochs - epoch) - 1) / 60
-            print(f"\r\033[Kepoch {epoch + stop / length:.2f} of {settings.epochs}, perplexity "
-                  f"{perplexity(nll.item())}, {left:.0f} min left", end="", flush=True)
+        if sys.stdout.isatty() and time.monotonic() - looked > 0.5:     # progress, twice a second
+            looked, ask = time.monotonic(), ask or fetch(nll)
+            if (value := ask()) is not None:
+                left = (looked - began) * (length / stop * (settings.epochs - epoch) - 1) / 60
+                print(f"\r\033[Kepoch {epoch + stop / length:.2f} of {settings.epochs}, perplexity "
+                      f"{perplexity(value)}, {left:.0f} min left", end="", flush=True)
+                ask = None
     nll = (sum(losses) / stop).item()
     if not math.isfinite(nll):
         raise FloatingPointError(f"the loss is not finite at step {stop} of {length} in epoch {epoch + 1} "
@@ -164,6 +166,17 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
     cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
     return dict(epoch=epoch + 1, run=run, gradient=source, learning_rate=float(f"{rate:.4e}"),
                 train_perplexity=perplexity(nll), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
+
+
+def fetch(loss):
+    """A function that returns the loss as a number, or None as long as a GPU has not come to it.
+
+    A GPU is some steps behind. loss.item() would wait until it has done all that it was asked for.
+    """
+    copy, event = loss.to("cpu", non_blocking=loss.is_cuda), torch.cuda.Event() if loss.is_cuda else None
+    if event:
+        event.record()
+    return lambda: copy.item() if event is None or event.query() else None
 
 
 @torch.no_grad()
