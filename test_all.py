@@ -55,6 +55,7 @@ from sgdr import SGDR, run_at
 
 HERE = Path(__file__).resolve().parent
 SLOW = pytest.mark.slow
+COMPILER = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 DOUBLE = dict(dtype=torch.float64)
@@ -494,7 +495,7 @@ def four_steps(compiled, device, product):
 
 
 @SLOW
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@COMPILER
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_is_plain(product, device):
@@ -523,18 +524,45 @@ class Launches(TorchDispatchMode):
         return operation(*args, **kwargs or {})
 
 
+def steps_of_the_papers_model(mode, watch, compiled=False):
+    """Run six chunks of the paper's model, with few neurons, and return what watch() saw of each."""
+    s, seen, state = train.preset("paper", mode, "ptb"), [], None
+    s = dataclasses.replace(s, hidden_size=9, embedding_size=7)
+    model, optimizer, dni = train.build(s, 30, "cpu")
+    if compiled:
+        train.compile_modules([model] if dni is None else [model, dni.g])
+    inputs, targets = data.streams(torch.arange(561) % 29, 4)
+    for x, y in zip(inputs.split([20] * 5 + [40]), targets.split([20] * 5 + [40])):
+        with watch() as watched, torch.autocast("cpu", torch.bfloat16):
+            _, state = train.train_step(model, optimizer, dni, x, y, state, mode == "dni", s.clip)
+        seen.append(watched)
+    return seen
+
+
 @pytest.mark.parametrize("mode, most", [("bptt", 330), ("dni", 500)])
 def test_a_step_of_the_papers_model_asks_a_gpu_for_little(mode, most):
     """At most so many kernels for any T, and no question that the CPU would have to wait for."""
-    s = dataclasses.replace(train.preset("paper", mode, "ptb"), hidden_size=9, embedding_size=7, chunk=20)
-    model, optimizer, dni = train.build(s, 30, "cpu")
-    (inputs, targets), state, counts = data.streams(torch.arange(481) % 29, 4), None, []
-    for x, y in zip(inputs.split([20, 20, 40, 40]), targets.split([20, 20, 40, 40])):
-        with Launches() as launches, torch.autocast("cpu", torch.bfloat16):
-            _, state = train.train_step(model, optimizer, dni, x, y, state, mode == "dni", s.clip)
-        counts.append(len(launches.names))
-        assert not {"_local_scalar_dense.default", "nonzero.default"} & set(launches.names)
-    assert most / 2 < counts[2] == counts[3] <= most, counts            # (in the first steps Adam begins)
+    names = [launches.names for launches in steps_of_the_papers_model(mode, Launches)]
+    assert most / 2 < len(names[4]) == len(names[5]) <= most            # (in the first steps Adam begins)
+    assert not any({"_local_scalar_dense.default", "nonzero.default"} & set(its) for its in names)
+
+
+@SLOW
+@COMPILER
+@pytest.mark.parametrize("mode, most", [("bptt", 220), ("dni", 350)])
+def test_a_compiled_step_asks_for_less(mode, most):
+    """Counted in a CPU's profile: products, pooling, compiled kernels, and what the optimiser does."""
+    def kernels(event):
+        if re.search("view|transpose|slice|select|expand|squeeze|stride|detach|::t$|empty|item", event.name):
+            return 0
+        if re.search("mm$|pool|foreach|fused", event.name):
+            return 1
+        return sum(map(kernels, event.cpu_children)) or 1
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        profiles = steps_of_the_papers_model(mode, torch.profiler.profile, compiled=True)
+    count = sum(kernels(event) for event in profiles[5].events() if event.cpu_parent is None)
+    assert 40 < count <= most
 
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch, capsys):
@@ -1423,8 +1451,8 @@ def test_a_gpu_trains_as_a_cpu_does(method, corpus, tmp_path, cuda="cuda"):
     logs = []
     for device in ("cpu", cuda):
         dropouts = [f"--dropout-{place}=0" for place in ("input", "hidden", "output")]
-        succeed(*reproduce.METHODS[method], "--data", corpus, *TINY, *dropouts, "--epochs", 2, "--device", device,
-                "--out", tmp_path / device)
+        succeed(*reproduce.METHODS[method], "--data", corpus, *TINY, *dropouts, "--epochs", 2,
+                "--device", device, "--out", tmp_path / device)
         logs.append([float(row[name]) for row in left_by(tmp_path / device)[0]
                      for name in ("train_perplexity", "valid_perplexity")])
     assert logs[0] == pytest.approx(logs[1], rel=5e-3)
@@ -1524,8 +1552,8 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
     """experiments/gpu.py at a tiny size: each stage comes to its end, and its files say what they should."""
     shutil.rmtree(home := HERE / "trainings" / "gpu-tiny-five", ignore_errors=True)
     for stages in ("environment correctness sharing trainings", "steps trainings"):
-        command = f"experiments/gpu.py --out {tmp_path} --device cpu --scale tiny --seconds 400 --stages {stages}"
-        subprocess.run([sys.executable, *shlex.split(command)], cwd=HERE, check=True, capture_output=True)
+        command = f"gpu.py --out {tmp_path} --device cpu --scale tiny --seconds 400 --stages {stages}".split()
+        subprocess.run([sys.executable, *command], cwd=study.HERE, check=True, capture_output=True)
         said = (tmp_path / "report.txt").read_text()
         assert all(f"{stage}: exit status 0" in said for stage in stages.split()), said
     shutil.rmtree(home)
