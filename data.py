@@ -94,12 +94,13 @@ def from_lines(name, splits, min_count=1):
     return Corpus(name, known, **tokens)
 
 
-def load_corpus(name, data_dir=None, delay=80):
+def load_corpus(name, data_dir=None, delay=80, min_count=1):
     """Read, download or make a Corpus. Raises UserError where that is impossible.
 
     name       one of CORPORA, or a folder
     data_dir   the data folder, for the files of ptb and wt2; by default $QRNN_DATA or ./corpora
     delay      of `recall`, in steps
+    min_count  of a folder: a word that its train.txt has less often is <unk>
     """
     if name == "pydoc":
         return pydoc()
@@ -120,7 +121,9 @@ def load_corpus(name, data_dir=None, delay=80):
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     if name == "ptb-chars":
         text = {split: [list("_".join(words)) for words in text[split]] for split in SPLITS}
-    return from_lines(name if name in CORPORA else Path(name).resolve().name, text)
+    if name in CORPORA:
+        return from_lines(name, text)
+    return from_lines(Path(name).resolve().name, text, min_count)
 
 
 # Addresses and SHA-256 of the files, and where they may lie in the data folder.
@@ -248,9 +251,11 @@ def unigram_perplexity(corpus, split="test"):
 
 
 def describe(corpus):
-    """What is in a corpus, and what is known of it, as lines."""
+    """What is in a corpus, and what is known of it, as lines. An <unk> that train lacks is never trained."""
+    unknown = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
+    shares = (f"{(getattr(corpus, split) == unknown).float().mean():.1%} of {split}" for split in SPLITS)
     return [f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
-            f"unigram test perplexity {unigram_perplexity(corpus):.1f}",
+            f"unigram test perplexity {unigram_perplexity(corpus):.1f}; <unk>: {', '.join(shares)}",
             *(f"{fact} {value:.4f}" for fact, value in corpus.facts.items())]
 
 

@@ -32,12 +32,9 @@ What happens in chunk k, between the borders k and k + 1:
     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 
-Chunk k + 1 asks g about s_{k+1} again, with its new φ, and corrects that prediction.
-
 The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let R_k be the summed
 loss of chunk k and of all chunks after it: R_k = T B L_k + R_{k+1}. Chunk k acts on R_{k+1} through s_{k+1}.
-(In train.py also through the last inputs x_prev of a window above 1. Their gradient is dropped in every mode;
-see experiments/departures.md, at its end.) With δ_k = dR_k/ds_k, the chain rule says
+(And, in train.py, through x_prev: departures.md, at its end.) With δ_k = dR_k/ds_k, the chain rule says
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
@@ -53,8 +50,8 @@ enters its target for border k: so credit can travel further back than one chunk
 further ahead is weighted by another α, so that g's errors shrink on their way back. The paper has α = 1.
 While training uses real gradients, both lines lose their last term: g learns from the T true steps alone.
 
-The paper numbers borders by time steps: its h_T and h_2T are s_1 and s_2 here, and its δ_T is both δ_1 and
-target_1. (Its last term of target_1 has the index 2T + 1; we read 2T, the end of the chunk.)
+The paper numbers borders by time steps: its h_T and h_2T are s_1 and s_2 here, its δ_T is both δ_1 and
+target_1, and its index 2T + 1 is read as 2T, the end of the chunk.
 
 Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
 summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
@@ -90,20 +87,26 @@ class Interface:
     optimizer: of g's parameters; None stands for Adam at 1e-4.
     alpha: the discount α.
     borders: how many steps of g, one a border, its error is backpropagated through; 1: never through h_g.
+    pull: see below; 0 turns it off.
 
-    It holds what g needs from one border to the next: the memory h_g, and the prediction it has yet to learn
-    from. `agreement` measures predictions against targets.
+    The pull. An LSTM's c has no bound. Where g pushes c outwards, g sees a larger c and predicts more, and
+    both run away. So synthetic turns also inject pull · (|c| - 1), in the unit of δ, where |c| is above 1:
+    never in a QRNN or a GRU.
+
+    The loss may be multiplied together with what credit() returns: (loss + dni.credit(..)) / n accumulates,
+    scaler.scale(loss + dni.credit(..)) scales. g's targets are divided by the same factor.
     """
 
-    def __init__(self, g, optimizer=None, alpha=1.0, borders=1):
-        self.g, self.alpha, self.borders = g, alpha, borders
+    def __init__(self, g, optimizer=None, alpha=1.0, borders=1, pull=0.01):
+        if borders < 1:
+            raise ValueError(f"borders must be at least 1, got {borders}")
+        self.g, self.alpha, self.borders, self.pull = g, alpha, borders, pull
         self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-4)
-        self.agreement = Agreement()
         self.reset()
 
     def reset(self):
         """Begin another text: h_g is zero, and there is no prediction to learn from."""
-        self.memory = self.pending = None
+        self.memory = self.pending = self.factor = None
         self.past = []                                                # the last borders: [(s, h_g before it)]
 
     def credit(self, s, s_next, tokens_per_chunk, use_synthetic=True):
@@ -120,11 +123,21 @@ class Interface:
         """
         self.check(s, s_next, use_synthetic)
         predicted = None if s is None else self.predict(s)
-        self.pending = predicted, s, tokens_per_chunk
+        self.pending, self.factor = (predicted, s, tokens_per_chunk, use_synthetic), None
         if not use_synthetic:
-            return s_next[0].new_zeros(())
+            return self.watched(s_next[0].new_zeros((), requires_grad=True))
         future = self.synthesize(s_next)                                # δ^_{k+1}
-        return self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
+        injected = self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
+        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]        # what is outside [-1, 1], else 0
+        pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
+        return self.watched(injected + pull)
+
+    def watched(self, term):
+        """The term. Backward leaves its gradient in self.factor: what the loss was multiplied by."""
+        def keep(gradient):
+            self.factor = gradient
+        term.register_hook(keep)
+        return term
 
     def predict(self, s):
         """δ^_k, with a graph for φ over the last `borders` borders; h_g moves on by one border.
@@ -154,21 +167,21 @@ class Interface:
         """
         if self.pending is None:
             raise RuntimeError("nothing to learn from: call credit() and then backward() before learn()")
-        predicted, s, tokens_per_chunk = self.pending
-        if predicted is not None and any(c.grad is None for c in s):
-            raise RuntimeError("s has no gradient: call backward() on loss + credit(...) before learn()")
+        predicted, s, tokens_per_chunk, synthetic = self.pending
+        if predicted is not None and any(c.grad is None for c in s) or synthetic and self.factor is None:
+            raise RuntimeError("no gradient yet: call backward() on loss + credit(...) before learn()")
         self.pending = None
         if predicted is None:
             return None
-        target = [tokens_per_chunk * c.grad for c in s]                 # target_k
-        self.agreement.update(predicted, target)
+        unit = tokens_per_chunk / (1.0 if self.factor is None else self.factor)
+        target = [unit * c.grad for c in s]                             # target_k
         return regress(self.optimizer, predicted, target)
 
     def check(self, s, s_next, use_synthetic):
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
         if self.pending is not None:
             raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
-        if any(c.dim() != 2 for c in s_next):
+        if any(torch.is_tensor(x) or any(c.dim() != 2 for c in x) for x in (s_next, [] if s is None else s)):
             raise ValueError("s and s_next must be lists of (B, H), one a layer: list(h_n) for nn.GRU's h_n")
         if s and not all(c.is_leaf and c.requires_grad for c in s):
             raise ValueError("s must be leaves that collect a gradient: begin the chunk with "
@@ -178,6 +191,9 @@ class Interface:
             raise ValueError(f"s and s_next must have the same shapes, got {shapes} and {next_shapes}")
         if use_synthetic and not all(c.requires_grad for c in s_next):
             raise ValueError("s_next must still be in its graph: call credit() before detaching it")
+        device = next(self.g.parameters()).device
+        if others := {str(c.device) for c in s_next if c.device != device}:
+            raise ValueError(f"g is on {device}, s_next on {', '.join(others)}: begin with g.to(..)")
         neurons = sum(c.numel() for c in s_next)
         if self.memory and len(self.memory[0]) != neurons:
             raise ValueError(f"h_g remembers {len(self.memory[0])} neurons, and s_next has {neurons}: "
@@ -187,10 +203,11 @@ class Interface:
 def regress(optimizer, predicted, target):
     """One step of φ towards the targets: the mean of (δ^ - target)² over all neurons, in one update (2.2).
 
-    optimizer: g's; predicted: δ^_k with its graph; target: target_k, no gradient flows into it.
+    optimizer: g's; predicted: δ^_k with its graph; target: target_k. What is not finite teaches nothing.
     Returns the mean squared error before the step, a tensor.
     """
-    error = F.mse_loss(flatten(predicted), flatten(target).detach())
+    guess, truth = flatten(predicted), flatten(target).detach()
+    error = F.mse_loss(guess, torch.where(truth.isfinite(), truth, guess.detach()))
     optimizer.zero_grad(set_to_none=True)
     error.backward()
     optimizer.step()
@@ -229,10 +246,11 @@ class NeuronDNI(nn.Module):
 
         Returns the synthetic gradients, a list of the same shapes, and the memory after this border.
         """
-        c = torch.cat(s, 1).flatten()[:, None]                          # (N, 1), one stream after the other
-        x = self.encode(c).to(c.dtype)[None]                            # (1, N, 50): one step a border
+        kind = self.rnn.weight.dtype                                    # it may be another than the model's
+        c = torch.cat(s, 1).flatten()[:, None].to(kind)                 # (N, 1), one stream after the other
+        x = self.encode(c).to(kind)[None]                               # (1, N, 50): one step a border
         h, memory = self.rnn(x, memory)
-        predicted = self.decode(h[0]).to(c.dtype)                       # (N, 1)
+        predicted = self.decode(h[0]).to(s[0].dtype)                    # (N, 1)
         sizes = [layer.shape[1] for layer in s]
         return list(predicted.view(s[0].shape[0], -1).split(sizes, 1)), memory
 
@@ -250,6 +268,8 @@ class LayerDNI(nn.Module):
 
     def __init__(self, sizes, hidden_size=50):
         super().__init__()
+        if isinstance(sizes, int):
+            raise ValueError(f"sizes: a list, one a layer, please: [{sizes}]")
         self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(h, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, hidden_size), nn.ReLU(),
                                                 nn.Linear(hidden_size, h)) if hidden_size else
@@ -258,16 +278,18 @@ class LayerDNI(nn.Module):
             begin_at_zero(mlp[-1])
 
     def forward(self, s, memory=None):
-        """As NeuronDNI.forward; the memory stays None."""
-        return [mlp(c).to(c.dtype) for mlp, c in zip(self.mlps, s, strict=True)], None
+        """As NeuronDNI.forward; the memory stays None. Raises ValueError for another number of layers."""
+        if len(s) != len(self.mlps):
+            raise ValueError(f"this g was made for {len(self.mlps)} states, and s has {len(s)}")
+        return [mlp(c.to(mlp[0].weight.dtype)).to(c.dtype) for mlp, c in zip(self.mlps, s)], None
 
 
 def begin_at_zero(linear):
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    for p in linear.parameters():
+        nn.init.zeros_(p)
 
 
-# ----------------------------------------------------------------------------------------- does g learn?
+# ------------------------------------------------------------------------------------- what does g know?
 #
 # What can g know? Let the model, in state s, give the probability P_s(x) to the words x that follow. The loss
 # to come is then -log P_s(x). Suppose that the model is calibrated: given s, words do follow with these
@@ -284,33 +306,34 @@ def begin_at_zero(linear):
 # of δ given s is zero; the mean of this product need not be. ds/dθ depends on the earlier words, and
 # these may tell of δ what s does not.
 
-class Agreement:
-    """Two running measures of predictions p against targets t, over all neurons and borders seen.
+def agreement(g, states, losses, tokens_per_chunk):
+    """Cosine and R² of g's predictions with the TRUE gradients, on a text that was read in one graph.
+
+    states: [s_1, .., s_K], the state at each border, a list of (B, H_l).
+    losses: those of the K + 1 chunks, means over tokens_per_chunk tokens each.
+
+    δ_k is the gradient of all losses after border k, to the end of the text. (g's targets are no measure: in
+    synthetic turns they hold its own predictions.) Returns two floats; nan where there is no border.
+    """
+    guesses, memory = [], None
+    with torch.no_grad():
+        for s in states:
+            predicted, memory = g([c.detach() for c in s], memory)
+            guesses += predicted
+    truths = torch.autograd.grad(sum(losses), [c for s in states for c in s]) if states else ()
+    return compare(guesses, [tokens_per_chunk * d for d in truths])
+
+
+def compare(predicted, truth):
+    """Cosine and R², floats, of two lists of tensors of the same shapes.
 
         cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated
-        R²     = 1 - sum (p - t)² / sum t²          1 perfect; 0 as good as predicting zero; below 0, worse
-
-    Each border adds its mean over neurons. In synthetic turns a target holds g's own next prediction: to
-    agree with it is not yet to know the true gradient.
+        R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 no better than predicting zero; below 0 worse
     """
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        """Forget all that was seen."""
-        self.sums = torch.zeros(())                                     # (4,) where something was seen
-
-    def update(self, predicted, target):
-        """Take in the predictions and targets of one border, lists of tensors of the same shapes."""
-        p, t = flatten(predicted).detach().float(), flatten(target).detach().float()
-        sums = torch.stack([p @ t, p @ p, t @ t, (p - t) @ (p - t)])
-        self.sums = self.sums + sums / len(p)                           # stays on the device
-
-    def result(self):
-        """(cosine, R²) as floats; nan where nothing, or nothing but zeros, was seen."""
-        pt, pp, tt, error = self.sums.cpu().double().expand(4)
-        return (pt / (pp * tt).sqrt()).item(), (1 - error / tt).item()
+    if not predicted:
+        return float("nan"), float("nan")
+    p, t = flatten(predicted).detach().double(), flatten(truth).double()
+    return ((p @ t) / (p.norm() * t.norm())).item(), (1 - (p - t).square().sum() / t.square().sum()).item()
 
 
 # ------------------------------------------------------------------------------------------------ see it work
@@ -380,17 +403,15 @@ def train_recall(text, make_g, updates=1000, T=10, H=64):
 
 def agreement_after(borders, gradient):
     """(cosine, R²) of a neuron-wise g with a made-up gradient of each neuron, after so many borders."""
-    g, memory, agreement = NeuronDNI(), None, Agreement()
+    g, memory = NeuronDNI(), None
     optimizer = torch.optim.Adam(g.parameters(), 3e-3)
     for _ in range(borders):
         s = [torch.rand(8, 48) * 2 - 1]
         target = [gradient(c) for c in s]
         predicted, memory = g(s, memory)
         memory = tuple(m.detach() for m in memory)
-        agreement.reset()
-        agreement.update(predicted, target)
         regress(optimizer, predicted, target)
-    return agreement.result()
+    return compare(predicted, target)
 
 
 if __name__ == "__main__":
@@ -402,8 +423,7 @@ if __name__ == "__main__":
     text = episodes(delay=9, steps=10_000, batch_size=24, answers_only=True)
     for name, make_g in (("truncated BPTT", None), ("layer-wise DNI", lambda: LayerDNI([64]))):
         print(f"  {name:17}", "  ".join(f"{share:.2f}" for share in train_recall(text, make_g)), flush=True)
-    print("Truncated BPTT is above chance: a trace of the symbol is left in the state. The neuron-wise DNI\n"
-          "needs more updates, and does not always succeed (experiments/recall.py).")
+    print("Truncated BPTT is above chance: a trace of the symbol is left in the state.")
     print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
     for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
                            ("a coin toss", lambda c: torch.randn_like(c).sign())):

@@ -110,7 +110,9 @@ pool_states, pool_gradients = Pool.states, Pool.gradients               # where 
 
 
 def pool(f, z, c0):
-    """`pool_loop`'s c_1 .. c_T and, apart, c_T (B, H). RuntimeError for second derivatives (where T > 1)."""
+    """`pool_loop`'s c_1 .. c_T and, apart, c_T (B, H). RuntimeError for second derivatives and torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("pool is not for torch.func (vmap, grad, ..): use pool_loop instead")
     if f.shape[0] == 1:                                                 # no loop to save
         c = f * c0 + (1 - f) * z
         return c, c[0].clone()
@@ -128,7 +130,7 @@ class QRNNLayer(nn.Module):
     z, f and o see a window of inputs, x_t its last, and no state. So for all t they are ONE matrix product.
 
     input_size, hidden_size, window: I, H, and how many inputs the gates see; at least 1 each.
-    zoneout: in [0, 1], the probability that a neuron keeps its old value at a step, f_t = 1 (QRNN 2.1). When
+    zoneout: in [0, 1), the probability that a neuron keeps its old value at a step, f_t = 1 (QRNN 2.1). When
         evaluating, the expected gate is used, f_t = zoneout + (1 - zoneout) f_t.
     weight_dropout: in [0, 1), dropout on the weights, one mask a call (AWD, section 2).
     """
@@ -137,10 +139,14 @@ class QRNNLayer(nn.Module):
         super().__init__()
         if min(input_size, hidden_size, window) < 1:
             raise ValueError(f"not all at least 1: {input_size = }, {hidden_size = }, {window = }")
+        check_probabilities(weight_dropout=weight_dropout, zoneout=zoneout)
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
         self.zoneout, self.weight_dropout = zoneout, weight_dropout
         linear = nn.Linear(window * input_size, 3 * hidden_size)        # for PyTorch's own initial weights
         self.weight, self.bias = linear.weight, linear.bias             # (3H, window I), (3H,)
+
+    def extra_repr(self):
+        return f"{self.input_size}, {self.hidden_size}, window={self.window}"
 
     def forward(self, x, state=None):
         """x: (T, B, I), T >= 1.
@@ -159,7 +165,6 @@ class QRNNLayer(nn.Module):
             inputs = torch.cat([x_prev, x])                             # (window - 1 + T, B, I)
             windows = torch.cat([inputs[i:i + T] for i in range(self.window)], -1)
             x_prev = inputs[T:]                                         # the last window - 1 of them
-
         weight = F.dropout(self.weight, self.weight_dropout, self.training)
         gates = F.linear(windows, weight, self.bias)                    # (T, B, 3H)
         # Under autocast the product comes back in a 16-bit type; gates and state stay in the type of x.
@@ -172,6 +177,11 @@ class QRNNLayer(nn.Module):
         return o * c, (c_T, x_prev)
 
 
+def check_probabilities(**named):
+    if wrong := {name: p for name, p in named.items() if not 0 <= p < 1}:
+        raise ValueError(f"must be in [0, 1): {wrong}")
+
+
 def locked_dropout(x, p, training=True):
     """Locked dropout: one mask (1, B, H) for all steps of a chunk (AWD, 4.2). x, result: (T, B, H)."""
     return x * F.dropout(x.new_ones(1, *x.shape[1:]), p) if training and p > 0 else x
@@ -180,6 +190,7 @@ def locked_dropout(x, p, training=True):
 class QRNN(nn.Module):
     """A stack of QRNN layers, with the arguments of torch.nn.LSTM. (Its state is another: see the glossary.)
     `module.compile(dynamic=True)` is torch.compile's form of the same code, faster, for all T and B.
+    Between chunks, torch.utils._pytree.tree_map(torch.Tensor.detach, state) cuts the graph, as for nn.LSTM.
 
     input_size: I.
     hidden_size: H of each of num_layers layers; or a list with one size a layer, and num_layers is ignored.
@@ -192,8 +203,10 @@ class QRNN(nn.Module):
     def __init__(self, input_size, hidden_size, num_layers=1, *, batch_first=False, dropout=0.0, window=1,
                  zoneout=0.0, weight_dropout=0.0):
         super().__init__()
-        sizes = [hidden_size] * num_layers if isinstance(hidden_size, int) else list(hidden_size)
-        windows = [window] * len(sizes) if isinstance(window, int) else list(window)
+        sizes, windows = torch.as_tensor(hidden_size), torch.as_tensor(window)
+        sizes = (sizes if sizes.dim() else sizes.expand(num_layers)).tolist()
+        windows = (windows if windows.dim() else windows.expand(len(sizes))).tolist()
+        check_probabilities(dropout=dropout)
         if not sizes or len(windows) != len(sizes):
             raise ValueError(f"one size and one window a layer, please, not {sizes} and {windows}")
         self.batch_first, self.dropout = batch_first, dropout
@@ -205,10 +218,16 @@ class QRNN(nn.Module):
         state: [(c, x_prev)], one pair a layer, or None for zeros.
         Returns (output, state): the last layer's h for every step, and the state to hand to the next call.
         """
+        if not torch.is_tensor(x):
+            raise TypeError(f"x is a {type(x).__name__}: pad on the right instead, outputs are the same")
+        if self.batch_first and (x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.layers[0].input_size):
+            raise ValueError(f"x: expected (B, T >= 1, {self.layers[0].input_size}), got {tuple(x.shape)}")
         h = x.transpose(0, 1) if self.batch_first else x
         old_state = [None] * len(self.layers) if state is None else state
+        if len(old_state) != len(self.layers):
+            raise ValueError(f"state: expected {len(self.layers)} pairs, one a layer, got {len(old_state)}")
         new_state = []
-        for i, (layer, pair) in enumerate(zip(self.layers, old_state, strict=True)):
+        for i, (layer, pair) in enumerate(zip(self.layers, old_state)):
             if i > 0:
                 h = locked_dropout(h, self.dropout, self.training)
             h, pair = layer(h, pair)
@@ -220,8 +239,7 @@ class QRNN(nn.Module):
 class LanguageModel(nn.Module):
     """Embedding -> QRNN stack -> decoder tied to the embedding, regularised as in AWD.
 
-    vocabulary_size: V, how many words.
-    embedding_size: E.
+    vocabulary_size, embedding_size: V, how many words, and E.
     hidden_size: H of all layers but the last, whose size is E, for decoder and embedding are one matrix.
     num_layers: at least 1.
     window: of the first layer; that of the others is 1, as in AWD's QRNN.
@@ -234,6 +252,10 @@ class LanguageModel(nn.Module):
                  dropout_embedding=0.0, dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0,
                  dropout_weight=0.0, activation=2.0, temporal=1.0):
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        check_probabilities(dropout_embedding=dropout_embedding, dropout_input=dropout_input,
+                            dropout_output=dropout_output)
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)              # AWD, section 5
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary_size))
@@ -281,9 +303,8 @@ class LanguageModel(nn.Module):
 
 # --------------------------------------------------------------------------------------- the pooling on a GPU
 #
-# There each step of the loops in `Pool` would be a launch of its own. Here a program takes BLOCK columns
-# (stream, neuron) through all T steps: one launch each way, and every number is read once. Neighbours in
-# memory are read together. num_stages: the loads of the next steps are under way while this one is computed.
+# There each step of the loops in `Pool` would be a launch. This program takes BLOCK columns (stream, neuron)
+# through all T steps, and reads every number once. num_stages: the next loads are under way meanwhile.
 try:
     import triton                                                       # comes with torch for GPUs
     import triton.language as tl

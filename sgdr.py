@@ -51,6 +51,7 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     0.1 + 0.2 = 0.30000000000000004.)
     Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
     """
+    restarts = list(restarts)
     lengths = [later - earlier for earlier, later in zip((0, *restarts), restarts)]
     if not 0 <= epoch < math.inf or base <= 0 or mult < 1 or any(length <= 0 for length in lengths):
         raise ValueError("epoch >= 0, base > 0, mult >= 1 and restarts that rise from above 0 are needed, "
@@ -71,9 +72,9 @@ class SGDR(LRScheduler):
     base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
 
     step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each
-    batch. With one rate for all runs, and mult 1 or 2, the values equal
-    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit. The alternation of real and
-    synthetic gradients reads `run.index`.
+    batch. Where step() is called after each batch, as Lightning does, base counts batches. With one rate for
+    all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
+    last bit. The alternation of real and synthetic gradients reads `run.index`.
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1):
@@ -87,26 +88,36 @@ class SGDR(LRScheduler):
         return run_at(self.last_epoch, self.base, self.mult, self.restarts)
 
     def get_lr(self):
-        i, elapsed, length = self.run
+        return self.rates_at(self.run)
+
+    def rates_at(self, run):
+        i, elapsed, length = run
         rates = []
         for group_rate in self.base_lrs:
             low = per_run(self.eta_min, i)
-            high = group_rate if self.eta_max is None else per_run(self.eta_max, i)
+            high = float(group_rate) if self.eta_max is None else per_run(self.eta_max, i)
             # eta = eta_min_i + (eta_max_i - eta_min_i) (1 + cos(pi E_cur / E_i)) / 2
             rates.append(low + (high - low) * (1 + math.cos(math.pi * elapsed / length)) / 2)
         return rates
 
     def step(self, epoch=None):
         """Set the learning rates for `epoch` (fractional or whole, >= 0), or 1 after the last step."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = rate
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        epoch = self.last_epoch + 1 if epoch is None else epoch
+        rates = self.rates_at(run_at(epoch, self.base, self.mult, self.restarts))
+        groups = self.optimizer.param_groups
+        if len(rates) != len(groups):
+            raise ValueError(f"the optimiser has {len(groups)} groups, and SGDR was made for {len(rates)}")
+        self.last_epoch, self._last_lr = epoch, rates                   # now that nothing can be refused
+        for group, rate in zip(groups, rates):
+            if torch.is_tensor(group["lr"]):                            # a captured CUDA graph reads it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def per_run(bound, i):
     """The bound of run i, from one number for all runs or a sequence whose last serves the later runs."""
-    return bound if isinstance(bound, (int, float)) else bound[min(i, len(bound) - 1)]
+    return float(bound if torch.as_tensor(bound).dim() == 0 else bound[min(i, len(bound) - 1)])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 
 from data import CORPORA, UserError, describe, load_corpus, streams
-from dni import Interface, LayerDNI, NeuronDNI
+from dni import Interface, LayerDNI, NeuronDNI, agreement
 from qrnn import LanguageModel
 from sgdr import SGDR, per_run
 
@@ -136,7 +136,6 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
     model.train()
     if dni:
         dni.reset()
-        dni.agreement.reset()
     for start, stop in chunk_borders(length, settings, epoch):
         now, last_run = epoch + start / length, schedule.run.index      # now: in epochs
         schedule.step(now)
@@ -163,16 +162,12 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
     if not math.isfinite(nll):
         raise FloatingPointError(f"the loss is not finite at step {stop} of {length} in epoch {epoch + 1} "
                                  f"({source} gradients, run {run}, rate {rate:.2e})")
-    cosine, r2 = dni.agreement.result() if dni else (math.nan, math.nan)
     return dict(epoch=epoch + 1, run=run, gradient=source, learning_rate=float(f"{rate:.4e}"),
-                train_perplexity=perplexity(nll), dni_cosine=round(cosine, 5), dni_r2=round(r2, 5))
+                train_perplexity=perplexity(nll))
 
 
 def fetch(loss):
-    """A function that returns the loss as a number, or None as long as a GPU has not come to it.
-
-    A GPU is some steps behind. loss.item() would wait until it has done all that it was asked for.
-    """
+    """A function that gives the loss as a number, or None while a GPU is still behind. (.item() waits.)"""
     copy, event = loss.to("cpu", non_blocking=loss.is_cuda), torch.cuda.Event() if loss.is_cuda else None
     if event:
         event.record()
@@ -193,6 +188,22 @@ def evaluate(model, tokens, batch_size, autocast=contextlib.nullcontext(), chunk
     return (sum(losses) / len(inputs)).item()
 
 
+def true_agreement(model, g, tokens, settings, autocast=contextlib.nullcontext()):
+    """Cosine and R² of g's predictions with the true gradients of validation text, tokens (n,).
+
+    Four chunks, of a quarter of the streams, are read in one graph without dropout: about a step's work.
+    """
+    inputs, targets = streams(tokens, max(1, settings.batch_size // 4))
+    steps, states, losses, state = max(1, min(settings.chunk, len(inputs) // 4)), [], [], None
+    model.eval()
+    for x, y in list(zip(inputs.split(steps), targets.split(steps)))[:4]:
+        with autocast:
+            nll, _, state = model.forward(x, y, state)
+        losses.append(nll)
+        states.append([c for c, _ in state])
+    return agreement(g, states[:-1], losses, steps * inputs.shape[1])
+
+
 def perplexity(nll):
     """exp(nll), at most exp(700), to three decimals."""
     return round(math.exp(min(nll, 700.0)), 3)
@@ -209,6 +220,7 @@ def setting(default, text, values=""):
 class Settings:
     mode: str = setting("alternating", "gradients and rate", "bptt dni restart alternating")
     data: str = setting("pydoc", f"{', '.join(CORPORA)}, or a folder of train.txt, valid.txt, test.txt")
+    min_count: int = setting(1, "words that your own train.txt has less often are <unk>", "at least 1")
     gradient: str = setting("real", "of mode restart: as in bptt, or as in dni (Table 2)", "real synthetic")
     epochs: int = setting(15, "passes over the training text; the paper: 320 (3.2)", "at least 1")
     seed: int = setting(42, "of all random numbers (authors' code)", "from 0 to 2^63 - 1")
@@ -283,6 +295,7 @@ def check(settings, given):
             ("dni_kind dni_alpha dni_lr", dni, "a mode with synthetic gradients"),
             ("dni_borders", dni and settings.dni_kind == "neuron", "the DNI of --dni-kind neuron"),
             ("dni_warmup", dni and settings.mode != "alternating", "--mode dni or --gradient synthetic"),
+            ("min_count", settings.data not in CORPORA, "a folder with your own text"),
             ("data_dir", settings.data in ("ptb", "ptb-chars", "wt2"), "--data ptb, ptb-chars or wt2")):
         for name in set(names.split()) & set(given):
             if not has_effect:
@@ -417,7 +430,7 @@ def train(settings, folder, checkpoint):
     """Train, and test the best model. Raises UserError, OSError and FloatingPointError."""
     keep_freed_memory()
     device, autocast = pick_device(settings.device, settings.precision)
-    corpus = load_corpus(settings.data, settings.data_dir or None, delay=settings.chunk + 10)
+    corpus = load_corpus(settings.data, settings.data_dir or None, settings.chunk + 10, settings.min_count)
     text = streams(corpus.train.to(device), settings.batch_size, settings.chunk)        # (L, B) twice
     valid_tokens, test_tokens, valid_batch_size = corpus.valid.to(device), corpus.test.to(device), 10
     streams(valid_tokens, valid_batch_size)                             # raises where there is too little
@@ -448,7 +461,9 @@ def train(settings, folder, checkpoint):
         if not math.isfinite(nll) or not all(weight.isfinite().all() for weight in weights):
             raise FloatingPointError(f"the validation loss or a weight is not finite after epoch {epoch + 1}")
         seconds = round(time.monotonic() - began, 1)
-        rows.append({**row, "valid_perplexity": perplexity(nll), "seconds": seconds})
+        cosine, r2 = true_agreement(model, dni.g, valid_tokens, settings, autocast) if dni else [math.nan] * 2
+        rows.append({**row, "dni_cosine": round(cosine, 5), "dni_r2": round(r2, 5),
+                     "valid_perplexity": perplexity(nll), "seconds": seconds})
         if nll < best["nll"]:
             best = dict(nll=nll, model={name: weight.clone() for name, weight in model.state_dict().items()})
         if device == "cpu" or time.monotonic() - saved > 60 or len(rows) == settings.epochs:

@@ -1,6 +1,6 @@
 """The pictures that explain the method, and the picture of your own training. Needs matplotlib.
 
-    python experiments/figures.py                        steps.png, qrnn.png and schedule.png, in experiments/
+    python experiments/figures.py                        steps.png and schedule.png, in experiments/
     python experiments/figures.py trainings/FOLDER ..    training.png, here, of the log.csv in each folder
 """
 
@@ -86,26 +86,6 @@ def steps():
     return figure
 
 
-def qrnn():
-    figure, axis = canvas(10, 3.5)
-    panel(axis, 0.2, 0.35, 4.6, 2.65, "LSTM: each step waits for the one before")
-    panel(axis, 5.2, 0.35, 4.6, 2.65, "QRNN: one product for all steps, then f × c")
-    box(axis, 7.5, 1.3, "$W x_1,\\; W x_2,\\; W x_3$ at once: gates of all steps", width=4.1, colour=BLUE)
-    for n, x in enumerate((1.0, 2.5, 4.0), 1):
-        box(axis, x, 1.75, "$W\\,[x_t, h_{t-1}]$", width=1.1, height=0.5, colour=RED)
-        box(axis, x + 5, 2.05, f"$f_{n} c_{n - 1} + (1 - f_{n}) z_{n}$", width=1.28, height=0.4, size=8)
-        arrows(axis, BLACK, (x, 0.85, x, 1.48), (x, 2.02, x, 2.5), (x + 5, 0.75, x + 5, 1.07),
-               (x + 5, 1.53, x + 5, 1.83), (x + 5, 2.27, x + 5, 2.57))
-        write(axis, x, 0.68, f"$x_{n}$", size=11)
-        write(axis, x, 2.66, f"$h_{n}$", size=11)
-        write(axis, x + 5, 0.58, f"$x_{n}$", size=11)
-        write(axis, x + 5, 2.72, f"$c_{n} \\to h_{n} = o_{n} c_{n}$", size=9)
-        if n < 3:
-            arrows(axis, RED, (x + 0.57, 1.75, x + 0.93, 1.75))
-            arrows(axis, BLACK, (x + 5.65, 2.05, x + 5.85, 2.05))
-    return figure
-
-
 def schedule(epochs=75, base=5, rate=1e-3):
     figure, axis = plt.subplots(figsize=(10, 2.8), layout="tight")
     at = [epochs * i / 3000 for i in range(3000)]
@@ -142,7 +122,7 @@ def main():
     matplotlib.use("Agg")
     if len(sys.argv) > 1:
         return training(sys.argv[1:]).savefig("training.png", dpi=130)
-    for draw in (steps, qrnn, schedule):
+    for draw in (steps, schedule):
         draw().savefig(study.HERE / f"{draw.__name__}.png", dpi=110)
 
 

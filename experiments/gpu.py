@@ -12,7 +12,6 @@
                   profile.txt        of each, the 15 operations that take longest
     sharing       sharing.csv        four epochs of train.py, one training at a time and three at once
     trainings     trainings.csv      the paper's five methods, at as many epochs as all of them have time for
-
 Each stage is a process with a limit of its own. report.txt has it all. A later call goes on with trainings.
 """
 
@@ -37,8 +36,8 @@ import torch
 import train
 
 TRAIN, ORDER = study.ROOT / "train.py", ("bptt", "dni", "alternating", "restart", "dni-restart")
-SMALL = ("--chunk 20 --batch-size 60 --hidden-size 24 --embedding-size 16 --dropout-input 0 --dropout-hidden 0 "
-         "--dropout-output 0").split()
+SMALL = ("--chunk 20 --batch-size 60 --hidden-size 24 --embedding-size 16 --dropout-input 0 "
+         "--dropout-hidden 0 --dropout-output 0").split()
 SCALES = {"paper": ("paper", "ptb", [], 320), "tiny": ("small", "recall", SMALL, 4)}      # .., epochs at most
 
 
@@ -65,7 +64,7 @@ def environment(a):
     pooling = speed.both_ways(speed.pool, (size, size, size[1:]), size, contextlib.nullcontext(), a.device)
     facts = {"machine": f"{study.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
              "python": sys.version, "copy, TB/s": rate(lambda: y.copy_(x), 2 * x.nbytes),
-             "pooling, TB/s": rate(pooling, 9 * 4 * rows * s.hidden_size)}      # 3 numbers forward, 6 backward
+             "pooling, TB/s": rate(pooling, 9 * 4 * rows * s.hidden_size)}      # 3 forward, 6 backward
     # 1550 numbers of 16 bits are no multiple of 16 bytes, for which the fastest kernels ask. 1552 are.
     for width in (s.hidden_size, -(-s.hidden_size // 8) * 8, -(-s.hidden_size // 64) * 64):
         shapes = speed.shapes_of(dataclasses.replace(s, hidden_size=width))
@@ -87,7 +86,7 @@ def correctness(a):
             found.append(float(study.read(Path(folder, "log.csv"))[-1]["valid_perplexity"]))
         rows.append(dict(method=method, cpu=found[0], gpu=found[1], differs_by=abs(found[1] / found[0] - 1)))
         study.write(a.out / "agreement.csv", rows)
-    if tests.wait() or max(row["differs_by"] for row in rows) > 1e-3:
+    if tests.wait() or max(report.numbers(rows, "differs_by")) > 1e-3:
         sys.exit("see tests.txt and agreement.csv")
 
 
@@ -125,7 +124,8 @@ def sharing(a):
             sys.exit((work / "said").read_text())
         logs = [report.numbers(study.read(out / "log.csv"), "seconds") for out in folders.values()]
         epoch = max((log[-1] - log[0]) / 3 for log in logs)             # the first may have compiled
-        rows.append({"at once": number, "s an epoch": epoch, "s besides": time.monotonic() - began - 4 * epoch})
+        besides = time.monotonic() - began - 4 * epoch
+        rows.append({"at once": number, "s an epoch": epoch, "s besides": besides})
         study.write(a.out / "sharing.csv", rows)
 
 
@@ -187,7 +187,7 @@ def main():
             process = multiprocessing.get_context("spawn").Process(target=alone, args=(stage, a))
             process.start()
             process.join(a.seconds)
-            told.append(f"{stage.__name__}: exit status {process.exitcode} (None: {a.seconds:.0f} s were over)")
+            told.append(f"{stage.__name__}: exit status {process.exitcode} (None: stopped)")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)                               # whatever of it still runs
             files = [f"{path.name}\n{path.read_text()}" for path in sorted(a.out.iterdir())

@@ -14,7 +14,7 @@ import study
 from recall import SEARCH_SEEDS, best_rate
 from text import best_rates
 
-LOGS = ("text", "text-words", "recall", "search",
+LOGS = ("text", "text-words", "recall", "recall-cells", "search",
         *(f"methods-{scale}-{corpus}" for scale in ("small", "paper") for corpus in ("ptb", "wt2")))
 # Each method: its name, the test perplexities of the paper's Tables 1 and 2 on PTB and WT2, and the method
 # that it is compared with.
@@ -106,9 +106,10 @@ def lengths_table(rows, keys):
                 lines.append([T, TEXT[arm], key[3] or "-", len(its), spread(numbers(its, "bits"), 3),
                               "" if arm == "bptt" else spread(saved, 3),
                               "" if arm in ("bptt", "full") else spread(shares),
-                              *(spread(numbers(its, x), 3) if key[3] else "" for x in ("cosine", "r2"))])
+                              *(spread([float(row[x]) for row in its if key[3] and row[x]], 3)
+                                for x in ("own_cosine", "own_r2"))])
     return table(["T", "", "rate of g", "seeds", "bits", "fewer than truncated BPTT, same seed",
-                  "share of the ceiling's", "cosine with target", "R²"], lines)
+                  "share of the ceiling's", "cosine with its own targets", "R² with them"], lines)
 
 
 def characters(rows):
@@ -118,7 +119,7 @@ def characters(rows):
         for arm in ("linear", "mlp", "neuron", "neuron4"):
             mine = [found.get((arm, T, "1.0", rate), {}).get("0") for rate in rates]
             if any(mine):
-                lines.append([T, TEXT[arm], *(f"{float(row['bits']):.3f} ({float(row['r2']):+.3f})" if row
+                lines.append([T, TEXT[arm], *(f"{float(row['bits']):.3f} ({float(row['own_r2']):+.3f})" if row
                                               else "" for row in mine)])
     text = ("Bits per character, and in brackets R² with g's own targets in the last fifth, by the rate of "
             "g. One seed.\n\n" + table(["T", "", *rates], lines)
@@ -143,7 +144,6 @@ def gains_table(rows):
 # ------------------------------------------------------------------------------------ recall.py, reproduce.py
 
 def recall(rows):
-    """Of each case the rate that the search found, and below it the others that were tried."""
     lines = []
     final = [row for row in rows if int(row["seed"]) not in SEARCH_SEEDS]
     for (counts, arm, b, rate), its in groups(final, "counts", "arm", "borders", "rate").items():
@@ -158,6 +158,17 @@ def recall(rows):
     return ("Accuracy of the answer at the end, median [quartiles] over the seeds (chance: 0.25), and how "
             "many trainings ended above 0.9. The rates of g were found on two other seeds.\n\n"
             + table(["scored", "borders", "", "rate of g", "accuracy", "above 0.9"], lines))
+
+
+def cells(rows):
+    lines = []
+    for (cell, arm, pull), its in groups(rows, "cell", "arm", "pull").items():
+        accuracy, name = numbers(its, "accuracy"), {"bptt": "no g"}.get(arm, RECALL[arm])
+        lines.append([cell, name, pull if arm != "bptt" else "-", f"{statistics.median(accuracy):.2f}",
+                      f"{sum(a > 0.9 for a in accuracy)}/{len(accuracy)}",
+                      f"{statistics.median(numbers(its, 'size')):,.2f}"])
+    return ("One border, answers scored, α = 1, g's rate 1e-4, 1,500 updates. Medians. Size: the mean |c| at "
+            "the end.\n\n" + table(["network", "g", "pull", "accuracy", "above 0.9", "size"], lines))
 
 
 def searched(rows):
@@ -225,6 +236,7 @@ def results(logs):
             ("Does it help on text? `text.py`", characters(logs["text"])),
             ("On words. `text.py --study words`", "Bits per word.\n\n" + words),
             ("Is credit carried? `recall.py`", recall(logs["recall"])),
+            ("With a GRU or an LSTM? `recall.py --cells`", cells(logs["recall-cells"])),
             ("Which rate suits which method? `reproduce.py --search`", searched(logs["search"])),
             ("The paper's methods. `reproduce.py`", "![curves](curves.png)\n\n" + "\n".join(methods)),
             *((f"How fast? {path.relative_to(study.LOGS)}", path.read_text())

@@ -6,17 +6,11 @@
     python experiments/reproduce.py --search                     which learning rate suits which method?
 
 On PTB at scale small a training is `python train.py --mode MODE --data ptb --compile` and no more. With
-another number of epochs, the restarts and the first use of a DNI come at the same share of the training.
-Scale paper is `--preset paper`, 320 epochs.
+another number of epochs, the restarts and the first use of a DNI come at the same share of the training. All
+is resumable: each training has a folder in trainings/. The search judges by validation perplexity.
 
 `cosine` is the method that the paper lacks: one run of SGDR, as long as the training. Its rate falls once and
-never restarts. So it tells apart what restarts do and what any falling rate does. (It is `--mode restart
---e-base 15`.)
-
-`--search`: a training is judged by its best validation perplexity at the end of an epoch; where there are
-three seeds, by their mean.
-
-All of it is resumable: after each epoch, for each training has a folder in trainings/.
+never restarts. So it tells apart what restarts do and what any falling rate does.
 """
 
 import argparse

@@ -1,11 +1,9 @@
 """How fast, against the matrix products that no form can do without, and against nn.LSTM.
 
-    python experiments/speed.py                   some 25 minutes on two CPU cores
-    python experiments/speed.py --sizes small     the small preset alone: some five minutes
+    python experiments/speed.py                   ten minutes on two CPU cores, with nothing else at work
 
-The contestants take turns, round after round. `products` are the matrix products of the same step and nothing
-else. (For y = x W^T: y itself, dW = dy^T x and dx = dy W.) A time is the median over the rounds. `times` is
-the median of each round's own ratio to the first contestant. Nothing else should be at work meanwhile.
+The contestants take turns, round after round. `products` are the matrix products of the same step alone. A
+time is the median over the rounds, `times` that of each round's own ratio to the first contestant.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """What the studies share: logs that grow by whole cases, a small model, and gradients that cross borders.
 
-A log is a CSV file. Its first columns name a case, and the rows of a case are written when it has ended. So a
-study that was stopped can be resumed: a case that is in the log is not done again. The JSON file beside a log
-says which commands and machines it comes from.
+A log is a CSV file. The rows of a case are written when it has ended. So a study that was stopped can be
+resumed: a case that is in the log is not done again. A JSON file beside it says what made it.
 """
 
 import contextlib
@@ -35,10 +34,11 @@ def read(path):
 
 
 def write(path, rows):
-    """Write a log beside the old one and rename it over. The columns are those of the first row, by name."""
+    """Write a log beside the old one and rename it over. Its columns are those of all rows, by name."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)
@@ -104,10 +104,8 @@ class Reader(nn.Module):
 
 
 def full_update(model, optimizer, recent, clip, autocast=contextlib.nullcontext()):
-    """An update from the loss of the last of the `recent` chunks, backpropagated through all of them.
-
-    recent: [(inputs, targets, the state before)]. The chunks before the last are read again, with the weights
-    of today. Returns the state after the last.
+    """An update from the loss of the last of the `recent` chunks, [(inputs, targets, the state before)], that
+    goes back through all of them: they are read again. Returns the state after the last.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast:
