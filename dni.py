@@ -128,7 +128,7 @@ class Interface:
             return self.watched(s_next[0].new_zeros((), requires_grad=True))
         future = self.synthesize(s_next)                                # δ^_{k+1}
         injected = self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
-        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]        # what is outside [-1, 1], else 0
+        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]        # outside [-1, 1]; else 0 (departure 23)
         pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
         return self.watched(injected + pull)
 

@@ -263,8 +263,7 @@ class LanguageModel(nn.Module):
                         window=[window] + [1] * (num_layers - 1), dropout=dropout_hidden,
                         weight_dropout=dropout_weight)
         self.dropout_embedding, self.dropout_input = dropout_embedding, dropout_input
-        self.dropout_output = dropout_output
-        self.activation, self.temporal = activation, temporal
+        self.dropout_output, self.activation, self.temporal = dropout_output, activation, temporal
 
     def logits(self, tokens, state=None):
         """tokens: (T, B) of int64. Returns the logits of each next token (T, B, V), and the state."""

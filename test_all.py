@@ -402,6 +402,9 @@ def test_qrnn_is_called_like_an_lstm():
         output, state = qrnn(x)
         assert output.shape == qrnn(x, state)[0].shape == lstm(x)[0].shape
         assert [c.shape for c in c_of(state)] == [c.shape for c in lstm(x)[1][1]]
+        for state in (state, lstm(x)[1]):                               # cut off from its past, in one line
+            cut = torch.utils._pytree.tree_map(torch.Tensor.detach, state)
+            assert not any(c.requires_grad for c in torch.utils._pytree.tree_leaves(cut))
         outputs.append(qrnn.eval()(x.transpose(0, 1) if batch_first else x)[0])
     close(outputs[0], outputs[1].transpose(0, 1))
 
@@ -1317,7 +1320,7 @@ TINY = "--hidden-size 12 --embedding-size 8 --batch-size 4 --chunk 20 --device c
 def corpus(tmp_path):
     """A folder with a tiny text, 41 words a line. Its 30 lines of train are 16 chunks of TINY."""
     for split, n in (("train", 30), ("valid", 8), ("test", 4)):
-        lines = [" ".join(f"w{(i * i + j) % 23}" for j in range(41)) + "\n" for i in range(n)]
+        lines = [" ".join(f"w{(i * i + j * (n < 8) + j) % 23}" for j in range(41)) + "\n" for i in range(n)]
         write(tmp_path / "text", {f"{split}.txt": "".join(lines)})
     return tmp_path / "text"
 
@@ -1540,7 +1543,8 @@ def test_what_resuming_refuses(corpus, tmp_path):
     # without effect:
     "--gradient synthetic", "--eta-max 1e-3 --lr 1e-3", "--restarts 3 --e-base 2", "--mode dni --restarts 3",
     "--mode bptt --dni-kind layer", "--mode bptt --dni-alpha 0.5", "--mode restart --dni-lr 1",
-    "--dni-kind layer --dni-borders 2", "--dni-warmup 2", "--data-dir x", "--mode dni --reset-optimizer"])
+    "--dni-kind layer --dni-borders 2", "--dni-warmup 2", "--data-dir x", "--min-count 2",
+    "--mode dni --reset-optimizer"])
 def test_impossible_settings(flags):
     """Each ends in one line that names the flag, and status 2, before any work."""
     assert re.findall(r"--[a-z0-9-]*[a-z]", flags)[-1] in refused(*flags.split())
@@ -1605,6 +1609,8 @@ def test_texts_and_folders(corpus, tmp_path, monkeypatch):
     folder, = (tmp_path / "trainings").glob("text-bptt-*")
     monkeypatch.chdir("/")
     succeed("--resume", folder)
+    run = program("--data", corpus, *TINY, "--epochs", 1, "--min-count", 99, "--out", tmp_path / "few")
+    assert ", vocabulary 2, " in run.stdout                             # <unk> and <eos>
     monkeypatch.setattr(train, "train_step", None)                      # nothing is trained
     assert "less than one chunk of 400" in refused("--data", corpus, "--chunk", "400")
     assert refused("--data", corpus, *TINY, "--out", corpus / "train.txt" / "run")
