@@ -1662,18 +1662,20 @@ def test_each_file_runs_alone(script, tmp_path):
             assert gradient == train.gradient_source(train.Settings(), int(i), 0)
 
 
-@pytest.mark.parametrize("path", ["README.md", "experiments/README.md", "experiments/logs/README.md"])
-def test_snippets_commands_and_links_of_the_readmes(path, capsys, corpus, tmp_path, monkeypatch):
-    """Each Python snippet runs as it stands and prints what its comments say. Each train.py command is one
-    that train.py understands, and each link leads somewhere.
-    """
-    text = (HERE / path).read_text(encoding="utf-8")
+@pytest.mark.parametrize("snippet", [pytest.param(snippet, marks=[SLOW] if "episodes" in snippet else [])
+                                     for snippet in re.findall(r"```python\n(.*?)```", README, re.S)])
+def test_readme_snippets_run(snippet, capsys, corpus, tmp_path, monkeypatch):
+    """Each runs as it stands, but for the words of the text, and prints what its comments say it prints."""
     succeed("--data", corpus, *TINY, "--epochs", 1, "--out", tmp_path / "trainings" / "mine")
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(compile(snippet.replace("the state of the", "w1 w2 w3"), path, "exec"), {})
-        assert capsys.readouterr().out.split("\n")[:-1] == re.findall(r"^print.*?  # (.*)$", snippet, re.M)
+    exec(compile(snippet.replace("the state of the", "w1 w2 w3"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.split("\n")[:-1] == re.findall(r"^print.*?  # (.*)$", snippet, re.M)
+
+
+@pytest.mark.parametrize("path", ["README.md", "experiments/README.md", "experiments/logs/README.md"])
+def test_commands_and_links_of_the_readmes(path):
+    """Each train.py command is one that train.py understands, and each link leads somewhere."""
+    text = (HERE / path).read_text(encoding="utf-8")
     for line in re.findall(r"python train\.py[^#`\n]*", text):
         assert "--resume" in line or parsed(*shlex.split(line)[2:])
     for link in re.findall(r"\]\(([^)#]+)\)", text):

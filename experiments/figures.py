@@ -86,7 +86,7 @@ def steps():
     return figure
 
 
-def schedule(epochs=75, base=5, rate=1e-3):
+def schedule(epochs=75, base=5, rate=1e-2):
     figure, axis = plt.subplots(figsize=(10, 2.8), layout="tight")
     at = [epochs * i / 3000 for i in range(3000)]
     runs = [run_at(epoch, base) for epoch in at]
