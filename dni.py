@@ -5,11 +5,9 @@ chunks. So the state that crosses a border gets no gradient from the chunks afte
 that looks at this state and predicts the missing gradient.
 
 Papers
-    DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
-                 arXiv 1608.05343
-    Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language
-                 Modeling", section 2.1 (Eq. 1) and section 2.2. Departures from it are numbered as in
-                 experiments/departures.md.
+    DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients", 1608.05343
+    Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling",
+                 section 2.1 (Eq. 1) and section 2.2; departures from it: experiments/departures.md
 
 Glossary
     name       symbol    shape               meaning
@@ -23,18 +21,8 @@ Glossary
     memory     h_g       ((N, 50), empty)    g's own recurrent state, one row per scalar of s_k
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
-Each border is predicted twice: at the end of a chunk to be used, at the start of the next to be corrected.
-What happens in chunk k, between the borders k and k + 1:
-
-    credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
-                In synthetic turns it also asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it;
-                h_g stays.
-    backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
-    learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
-
-The bootstrap. The loss L_k of chunk k is a mean over T B tokens, so T B L_k is its sum. Let R_k be the summed
-loss of chunk k and of all chunks after it: R_k = T B L_k + R_{k+1}. Chunk k acts on R_{k+1} through s_{k+1}.
-(And, in train.py, through x_prev: departures.md, at its end.) With δ_k = dR_k/ds_k, the chain rule says
+The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it, and δ_k = dR_k/ds_k. The loss
+L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain rule says
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
@@ -44,26 +32,10 @@ Nobody knows δ_{k+1} before all the text is read. So α times g's prediction ta
     gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}       Eq. 1
     target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
-The first line trains the model. The second is a TARGET for g, made of T true steps and of g's own next
-prediction. Temporal-difference learning does the same with values. What g has learned about border k + 1
-enters its target for border k: so credit can travel further back than one chunk. With α < 1 each chunk
-further ahead is weighted by another α, so that g's errors shrink on their way back. The paper has α = 1.
-While training uses real gradients, both lines lose their last term: g learns from the T true steps alone.
-
-The paper numbers borders by time steps: its h_T and h_2T are s_1 and s_2 here, its δ_T is both δ_1 and
-target_1, and its index 2T + 1 is read as 2T, the end of the chunk.
-
-Units. Stream b of the state acts on stream b alone. So δ_k is, for each stream, the gradient of its own
-summed loss, and does not depend on B. In the unit of the mean, targets would be a thousand times smaller, and
-the epsilon of g's Adam, 1e-8, would distort its steps.
-
-One backward pass makes both lines, divided by T B. Add to the loss α / (T B) Σ δ^_{k+1} s_{k+1}. The sum
-is over layers, streams and neurons, and δ^ is a constant. So its derivative in s_{k+1} is
-α δ^_{k+1} / (T B). An ordinary backward() then gives θ the first line, divided by T B, and leaves the
-second, target_k / (T B), in s_k.grad.
+The first line trains the model. The second is a TARGET for g. It contains g's own next guess, as in
+temporal-difference learning: so credit can travel further back than one chunk.
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
-
 Run `python dni.py` for Eq. 1 in numbers, a task that needs credit across a border, and what g can know.
 """
 
@@ -73,6 +45,26 @@ from torch import nn
 
 from qrnn import QRNN, QRNNLayer
 
+
+# Each border is predicted twice: at the end of a chunk to be used, at the start of the next to be corrected.
+# In chunk k, between the borders k and k + 1,
+#
+#     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
+#                 In synthetic turns it also asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it.
+#     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
+#     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
+#
+# One backward pass makes both lines of the head, divided by T B. We add α / (T B) Σ δ^_{k+1} s_{k+1} to the
+# loss, a sum over layers, streams and neurons, in which δ^ is a constant. The derivative of this term in
+# s_{k+1} is α δ^_{k+1} / (T B).
+#
+# Stream b of the state acts on stream b alone. So δ_k is the gradient of a stream's own summed loss. In the
+# unit of the mean, targets would be a thousand times smaller, and the epsilon of g's Adam, 1e-8, would
+# distort its steps.
+#
+# With α < 1, g's errors shrink on their way back. The paper has α = 1. In real turns both lines lose their
+# last term, and g learns from the T true steps alone. The paper numbers borders by time steps: its h_T and
+# h_2T are s_1 and s_2 here, its δ_T is both δ_1 and target_1, and its index 2T + 1 is read as 2T.
 
 class Interface:
     """All that a synthetic gradient adds to the training of a recurrent model, of any kind. In each chunk:
@@ -128,7 +120,8 @@ class Interface:
             return self.watched(s_next[0].new_zeros((), requires_grad=True))
         future = self.synthesize(s_next)                                # δ^_{k+1}
         injected = self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
-        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]        # outside [-1, 1]; else 0 (departure 23)
+        # What is outside [-1, 1], and else 0 (departure 23).
+        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]
         pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
         return self.watched(injected + pull)
 

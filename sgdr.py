@@ -101,7 +101,7 @@ class SGDR(LRScheduler):
         return rates
 
     def step(self, epoch=None):
-        """Set the learning rates for `epoch` (fractional or whole, >= 0), or 1 after the last step."""
+        """Set the rates for `epoch`, fractional or whole, >= 0. Without `epoch`: one epoch further."""
         epoch = self.last_epoch + 1 if epoch is None else epoch
         rates = self.rates_at(run_at(epoch, self.base, self.mult, self.restarts))
         groups = self.optimizer.param_groups
