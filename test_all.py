@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import math
@@ -35,10 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import recall
-import report
-import reproduce
-import study
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,6 +53,7 @@ from qrnn import QRNN, LanguageModel, QRNNLayer, pool, pool_loop
 from sgdr import SGDR, run_at
 
 HERE = Path(__file__).resolve().parent
+recall, report, reproduce, study = map(importlib.import_module, ("recall", "report", "reproduce", "study"))
 SLOW = pytest.mark.slow
 COMPILER = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1639,8 +1637,7 @@ def test_the_house():
         nodes = list(ast.walk(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))))
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        studies = {"pytest", "recall", "report", "reproduce", "study"} if name == "test_all" else set()
-        optional = {"triton"} if name == "qrnn" else studies
+        optional = {"qrnn": {"triton"}, "test_all": {"pytest"}}.get(name, set())
         assert {name.split(".")[0] for name in names} - free <= below[name] | optional, name
 
 
