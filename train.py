@@ -4,9 +4,9 @@ Paper: Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural L
 brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The "authors' code" was
 published with it; departures from both are numbered as in experiments/departures.md.
 
-Why alternate? Synthetic and real gradients lead to different representations. The paper hopes that the two in
-turn show the optimiser more of the landscape, and that a restart of the learning rate at each turn lets it
-leave a minimum for a better one (1, 2.3). The mode decides two things:
+Why alternate? Synthetic and real gradients lead to different representations, says the paper. It hopes that
+the two in turn show the optimiser more of the landscape, and that a restart of the learning rate at each turn
+lets it leave a minimum for a better one (1, 2.3). The mode decides two things:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -129,7 +129,7 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
     epoch: how many are done.
     Raises FloatingPointError for a loss that is not finite: on a CPU at once, elsewhere at the end.
     """
-    # The random numbers of an epoch depend on the seed and its number alone: so a training can be resumed.
+    # The random numbers of an epoch depend on the seed and the epoch alone: so a training can be resumed.
     torch.manual_seed(random.Random(f"{settings.seed} {epoch}").getrandbits(63))
     (inputs, targets), length = text, text[0].shape[0]
     state, losses, began, looked, ask = None, [], time.monotonic(), 0.0, None

@@ -26,7 +26,7 @@ PAPER = {"bptt": ("truncated BPTT", 62.78, 72.6, None),
          "alternating": ("alternating", 63.76, 73.35, "restart")}
 RECALL = {"bptt": "truncated BPTT", "full": "full BPTT", "linear": "layer-wise DNI, one linear map",
           "layer": "layer-wise DNI", "neuron": "neuron-wise DNI"}
-TEXT = {"bptt": "truncated BPTT", "full": "longer BPTT (the ceiling)", "twice": "BPTT through two chunks",
+TEXT = {"bptt": "truncated BPTT", "full": "BPTT through 40 steps", "twice": "BPTT through two chunks",
         "linear": "layer-wise, one linear map", "mlp": "layer-wise, MLP",
         "neuron": "neuron-wise (the paper's)", "neuron4": "neuron-wise, taught through 4 borders"}
 COLOURS = {"bptt": "0.35", "dni": "#d62728", "cosine": "#2ca02c", "restart": "0.35",
