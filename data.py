@@ -172,7 +172,7 @@ def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
 
 
 def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fillers=8):
-    """`recall` as streams, each one step later in its episode than the last. Inputs, targets: (steps, B).
+    """`recall` as streams. Stream b + 1 begins one step later in its episode. Inputs, targets: (steps, B).
 
     delay          with b T - 1, b borders lie between a symbol and its query, in every stream
     answers_only   all targets but the answers are -100, which torch's cross entropy leaves out

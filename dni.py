@@ -291,10 +291,11 @@ def begin_at_zero(linear):
 #
 #     E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
 #
-# and the best prediction from s alone is zero. So from s alone, g can predict something only while the model
-# is not calibrated. (Proved by counting in test_all.py, test_what_a_state_can_tell.) With its memory h_g it
-# may know more than s says. We think that such signals are small beside the noise of a single gradient, so
-# that g must average over many borders, and learn slowly.
+# and the best prediction from s alone is zero. So from s alone, g can predict something of the log loss
+# only while the model is not calibrated. (Shown by counting in test_all.py, test_what_a_state_can_tell. A
+# penalty is another matter: its gradient may have a mean.) With its memory h_g it may know more than s
+# says. We think that such signals are small beside the noise of a single gradient, so that g must average
+# over many borders, and learn slowly.
 #
 # Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. The mean
 # of δ given s is zero; the mean of this product need not be. ds/dθ depends on the earlier words, and

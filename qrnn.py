@@ -1,8 +1,8 @@
 """A quasi-recurrent neural network (QRNN) and the language model built on it, in one file.
 
-An LSTM multiplies its last output by a matrix at every step. So no step can begin before the one before has
-ended. A QRNN has no such product. Its gates look at the inputs alone, so one matrix product serves all steps
-at once. The recurrence that remains, f_t * c_{t-1}, is one multiplication per neuron: "quasi".
+An LSTM multiplies its previous output by a matrix at every step. So no step can begin before the previous
+one has ended. A QRNN has no such product. Its gates look at the inputs alone, so one matrix product serves
+all steps at once. The recurrence that remains, f_t * c_{t-1}, is one multiplication per neuron: "quasi".
 
 Papers
     QRNN     Bradbury, Merity, Xiong, Socher 2016, "Quasi-Recurrent Neural Networks", arXiv 1611.01576

@@ -223,8 +223,8 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
                 meta_gradients = torch.autograd.grad(error, phi.values())
                 phi = plain_adam(phi, meta_gradients, phi_moments, s.dni_lr, 0.0)
 
-            # 5. The model learns: its gradient, of the mean loss, is clipped. A chunk that is shorter or
-            #    longer than T gets its share of the learning rate.
+            # 5. The model learns: its gradient, of the mean loss, is clipped. With jitter a chunk of T steps
+            #    gets T / s.chunk of the learning rate.
             gradients = [d / (T * B) for d in gradients]
             norm = torch.cat([d.flatten() for d in gradients]).norm()
             gradients = [d * min(1, s.clip / (norm + 1e-6)) for d in gradients]
