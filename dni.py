@@ -21,8 +21,8 @@ Glossary
     memory     h_g       ((N, 50), empty)    g's own recurrent state, one row per scalar of s_k
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
-The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it, and δ_k = dR_k/ds_k. The loss
-L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain rule says
+The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it, and δ_k = dR_k/ds_k. The
+loss L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain rule says
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ: as chunk k uses it, and no other
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
@@ -54,8 +54,8 @@ from qrnn import QRNN, QRNNLayer
 #     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
 #     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 #
-# One backward pass makes both lines of the head, divided by T B. We add α / (T B) Σ δ^_{k+1} s_{k+1} to the
-# loss, a sum over layers, streams and neurons, in which δ^ is a constant. The derivative of this term in
+# One backward pass makes both lines of the head, divided by T B. We add α / (T B) Σ δ^_{k+1} s_{k+1} to
+# the loss, a sum over layers, streams and neurons, in which δ^ is a constant. The derivative of this term in
 # s_{k+1} is α δ^_{k+1} / (T B).
 #
 # Stream b of the state acts on stream b alone. So δ_k is the gradient of a stream's own summed loss. In the
@@ -323,7 +323,7 @@ def compare(predicted, truth):
     """Cosine and R², floats, of two lists of tensors of the same shapes.
 
         cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated
-        R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 no better than predicting zero; below 0 worse
+        R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 as good as predicting zero; below 0 worse
     """
     if not predicted:
         return float("nan"), float("nan")

@@ -167,7 +167,7 @@ def cells(rows):
         lines.append([cell, name, pull if arm != "bptt" else "-", f"{statistics.median(accuracy):.2f}",
                       f"{sum(a > 0.9 for a in accuracy)}/{len(accuracy)}",
                       f"{statistics.median(numbers(its, 'size')):,.2f}"])
-    return ("One border, answers scored, α = 1, g's rate 1e-4, 1,500 updates. Medians. Size: the mean |c| at "
+    return ("One border, answers scored, α = 1, g's rate 1e-4, 1,500 updates. Medians. Size: mean |c| at "
             "the end.\n\n" + table(["network", "g", "pull", "accuracy", "above 0.9", "size"], lines))
 
 
