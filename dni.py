@@ -22,7 +22,8 @@ Glossary
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
 The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it, and δ_k = dR_k/ds_k. The
-loss L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain rule says
+loss L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain
+rule says
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ: as chunk k uses it, and no other
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
