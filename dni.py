@@ -25,7 +25,7 @@ The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it,
 loss L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain
 rule says
 
-    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        θ: as chunk k uses it, and no other
+    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        (later chunks' θ count as constants)
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
@@ -34,10 +34,10 @@ Nobody knows δ_{k+1} before all the text is read. So α times g's prediction ta
     target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
 The first line trains the model. The second is a TARGET for g. It contains g's own next guess, as in
-temporal-difference learning: so credit can travel further back than one chunk.
+temporal-difference learning. So credit can travel further back than one chunk.
 
 Not here: gates that decide when to trust g, synthetic inputs, interfaces between layers rather than in time.
-Run `python dni.py` for Eq. 1 in numbers, a task that needs credit across a border, and what g can know.
+Run `python dni.py` (it needs data.py) for Eq. 1 in numbers, and for what a g can learn and carry back.
 """
 
 import torch
@@ -47,25 +47,26 @@ from torch import nn
 from qrnn import QRNN, QRNNLayer
 
 
-# Each border is predicted twice: at the end of a chunk to be used, at the start of the next to be corrected.
-# In chunk k, between the borders k and k + 1,
+# g is asked twice about each border: at the end of a chunk for a gradient to use, and at the start of the
+# next chunk for one to correct. In chunk k, between the borders k and k + 1,
 #
 #     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
-#                 In synthetic turns it also asks for δ^_{k+1} = g(s_{k+1}), without a graph, and injects it.
+#                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, and injects it.
 #     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
 #     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
 #
-# One backward pass makes both lines of the head, divided by T B. We add α / (T B) Σ δ^_{k+1} s_{k+1} to
-# the loss, a sum over layers, streams and neurons, in which δ^ is a constant. The derivative of this term in
-# s_{k+1} is α δ^_{k+1} / (T B).
+# One backward pass computes Eq. 1 and target_k, both divided by T B. For this we add α / (T B) Σ δ^_{k+1}
+# s_{k+1} to the loss, a sum over layers, streams and neurons, in which δ^ is a constant. The derivative of
+# this term in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send.
 #
-# Stream b of the state acts on stream b alone. So δ_k is the gradient of a stream's own summed loss. In the
-# unit of the mean, targets would be T B times smaller, and the epsilon of g's Adam, 1e-8, would
-# distort its steps.
+# Why times T B? Streams do not touch one another, so δ_k holds the gradient of each stream's own summed
+# loss. Its size does not depend on B. The gradient of the mean is T B times smaller, perhaps below the
+# epsilon of g's Adam, 1e-8, and then Adam's steps shrink.
 #
-# With α < 1, g's errors shrink on their way back. The paper has α = 1. In real turns both lines lose their
-# last term, and g learns from the T true steps alone. The paper numbers borders by time steps: its h_T and
-# h_2T are s_1 and s_2 here. Its δ_T means both δ_1 and target_1. We take its 2T + 1 for a misprint of 2T.
+# A real chunk is one that does not use g's prediction. There both lines of the head lose their last term, and
+# g only learns. With α < 1, g's errors shrink on their way back. The paper has α = 1. It numbers borders by
+# time steps: its h_T and h_2T are s_1 and s_2 here. Its δ_T means both δ_1 and target_1. We take its 2T + 1
+# for a misprint of 2T.
 
 class Interface:
     """All that a synthetic gradient adds to the training of a recurrent model, of any kind. In each chunk:
@@ -82,13 +83,14 @@ class Interface:
     borders: how many borders g's error is backpropagated through; with 1 its memory is a constant.
     pull: see below; 0 turns it off.
 
-    The pull. An LSTM's s is [h, c], and its c has no bound. Where g pushes c outwards, it may see a larger c
-    and predict more, and both run away. So synthetic turns also inject pull · (|c| - 1), in the unit of δ,
-    where |c| is above 1. A QRNN or a GRU that began within [-1, 1] never leaves it.
+    The pull. An LSTM's s is [h, c], and its c has no bound. Where g pushes c outwards, it sees a larger c at
+    the next border and may predict more. Both can grow without end. So synthetic chunks also inject
+    pull · (|c| - 1), with the sign of c and in the unit of δ, where |c| is above 1. It pulls c back. The
+    state of a QRNN or a GRU that began within [-1, 1] stays there.
 
-    The loss may be multiplied together with what credit() returns, as GradScaler does,
-    scaler.scale(loss + dni.credit(..)), or for gradients that are accumulated over n chunks,
-    (loss + dni.credit(..)) / n. g's targets are divided by the same factor. g learns from each chunk.
+    The sum of loss and credit() may be multiplied by a number before backward(). GradScaler does so, with
+    scaler.scale(loss + dni.credit(..)), and so does accumulation over n chunks, (loss + dni.credit(..)) / n.
+    learn() divides its targets by the same number. It is called after each chunk.
     """
 
     def __init__(self, g, optimizer=None, alpha=1.0, borders=1, pull=0.01):
@@ -110,8 +112,8 @@ class Interface:
             gradient; None where a text begins and nothing is to be predicted.
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
-        use_synthetic: with False g learns and is not used. The sum is zero then, and target_k holds the T
-            true steps alone.
+        use_synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and target_k
+            holds the T true steps alone.
 
         Raises ValueError or RuntimeError, with what to do, for a wrong shape, graph or order of calls.
         """
@@ -122,7 +124,7 @@ class Interface:
             return self.watched(s_next[0].new_zeros((), requires_grad=True))
         future = self.synthesize(s_next)                                # δ^_{k+1}
         injected = self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
-        # What is outside [-1, 1], and else 0 (departure 23).
+        # How far c is outside [-1, 1], with its sign; 0 within (departure 23).
         excess = [F.softshrink(c.detach(), 1.0) for c in s_next]
         pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
         return self.watched(injected + pull)
@@ -219,7 +221,7 @@ def flatten(tensors):
 class NeuronDNI(nn.Module):
     """The neuron-wise interface: one small network g for all neurons, scalar in, scalar out (section 2.2).
 
-        c --- MLP 1 -> 50 --- QRNN of 50 over the borders, memory h_g --- MLP 50 -> 1 --- synthetic gradient
+        c --- MLP 1 -> 50 -> 50 --- QRNN of 50, memory h_g --- MLP 50 -> 50 -> 1 --- synthetic gradient
 
     The neurons of all layers and streams are g's BATCH; its time is the count of borders. So each neuron has
     its own memory, and the number of parameters does not depend on the number of neurons.

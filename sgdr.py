@@ -1,8 +1,8 @@
 """SGDR: a learning rate that falls along a cosine and restarts warm, in runs of doubling length.
 
-A high rate makes large steps across the loss, a low one ends in a minimum. Each run does first one and then
-the other. A restart is warm: it raises the rate again and keeps the weights, so that training can leave the
-minimum it has found and look for another from there.
+With a high rate the weights move far. With a low one they settle near a minimum of the loss. Each run has first
+the one and then the other. A restart is warm: it raises the rate again and keeps the weights, so that training
+may leave the minimum it has found and look for another from there.
 
 Papers
     SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts",
@@ -45,8 +45,8 @@ def run_at(epoch, base=1, mult=2, restarts=()):
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
     base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
-    restarts: restart at these epochs instead, rising, such as (5, 10, 20, 40, 80, 160, 320), the authors'
-        code's; after the last of them come runs as long as the last.
+    restarts: the epochs of the restarts, rising, in the place of base and mult; the authors' code has
+        (5, 10, 20, 40, 80, 160, 320). After the last of them come runs as long as the one before it.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run 2 begins
     at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
     Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
@@ -70,6 +70,9 @@ class SGDR(LRScheduler):
     eta_min: a number, or a sequence with one a run (the last serves all later runs).
     eta_max: likewise; None takes each parameter group's own learning rate.
     base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
+    last_epoch: -1, or where a clock begins that goes on with an old one; as in PyTorch's schedulers.
+
+    The rate rises during a run whose eta_min is above its eta_max: nothing forbids it.
 
     step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
     step() is called after each batch, as Lightning does, the clock and base count batches. With one rate for

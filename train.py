@@ -4,9 +4,9 @@ Paper: Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural L
 brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The "authors' code" was
 published with it; departures from both are numbered as in experiments/departures.md.
 
-Why alternate? Synthetic and real gradients lead to different representations, says the paper. It hopes that
-the two in turn show the optimiser more of the landscape, and that a restart of the learning rate at each turn
-lets it leave a minimum for a better one (1, 2.3). The mode decides two things:
+Why alternate? Synthetic and real gradients lead to different representations, as the paper cites others. It
+hopes that by alternating them the optimiser sees more of the loss, and that a restart of the learning rate at
+each change lets it leave a minimum for a better one (1, 2.3). The mode decides two things:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -53,9 +53,13 @@ def uses_synthetic(settings):
 
 
 def gradient_source(settings, run, epoch):
-    """'synthetic' where g's gradient crosses the borders, 'real' where none does; there g learns from T true
-    steps alone (departure 21). run: of SGDR. epoch: how many have passed, a fraction."""
-    if settings.mode == "alternating":                                  # they take turns (2.3, 3.2)
+    """'synthetic' where g's gradient crosses the borders, 'real' where no gradient does. In real chunks g
+    learns from the T true steps alone (departure 21).
+
+    run: of SGDR.
+    epoch: how many have passed, a fraction.
+    """
+    if settings.mode == "alternating":                                  # run by run (2.3, 3.2)
         return "real" if run % 2 == 0 else "synthetic"
     return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
 
@@ -91,8 +95,8 @@ def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, cli
         nll, penalty, new_state = model(inputs, targets, state)
         loss = nll + penalty
 
-        # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and in synthetic turns for δ^_{k+1}. What is
-        #    added to the loss has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is 0 in real turns.
+        # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and in synthetic chunks for δ^_{k+1}. What is
+        #    added to the loss has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is 0 in real chunks.
         if dni:
             s = None if state is None else [c for c, _ in state]
             loss = loss + dni.credit(s, [c for c, _ in new_state], inputs.numel(), use_synthetic)
@@ -116,14 +120,15 @@ def chunk_borders(length, settings, epoch=0):
     draw, start = random.Random(f"{settings.seed} {epoch}"), 0
     while start < length:
         steps = settings.chunk
-        if settings.jitter:                                             # departure 13: the authors' code
+        if settings.jitter:                                             # as the authors' code (departure 13)
             steps = max(5, int(draw.gauss(steps if draw.random() < 0.95 else steps / 2, 5)))
         yield start, min(start + steps, length)
         start += steps
 
 
 def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast=contextlib.nullcontext()):
-    """One pass over the training text. Returns what a row of log.csv says of it, {column: value}.
+    """One pass over the training text. Returns what a row of log.csv says of it, {column: value}: the
+    perplexity of all chunks, and run, gradient and learning rate of the last one.
 
     text: inputs and targets, (L, B) each. No chunk follows the last one, so nothing is injected there.
     epoch: how many are done.
@@ -246,7 +251,7 @@ class Settings:
     dni_kind: str = setting("neuron", "neuron-wise (2.2), layer-wise (DNI), a matrix", "neuron layer linear")
     dni_alpha: float = setting(0.9, "discount α; the paper: none, authors' code: 0.1", "0 or more")
     dni_lr: float = setting(1e-4, "Adam's rate for g (text.py); authors' code: 1e-3", "above 0")
-    dni_borders: int = setting(1, "borders through which g is taught (2.2, text.py)", "at least 1")
+    dni_borders: int = setting(1, "borders through which g is taught (2.2)", "at least 1")
     dni_warmup: float = setting(1.0, "epochs in which g learns, unused (authors' code)", "0 or more")
     device: str = setting("auto", "where to compute", "auto cpu cuda mps")
     precision: str = setting("auto", "of products; auto: bf16 where it is native", "auto fp32 bf16")
