@@ -34,7 +34,7 @@ from torch import nn
 
 # ---------------------------------------------------------------------------- the recurrence and its gradient
 def pool_loop(f, z, c0):
-    """The QRNN's only recurrence, which its paper calls pooling, as on a blackboard (QRNN, Eq. 3).
+    """The QRNN's only recurrence, which its paper calls pooling, step by step (QRNN, Eq. 3).
 
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t
 

@@ -1,8 +1,8 @@
 """SGDR: a learning rate that falls along a cosine and restarts warm, in runs of doubling length.
 
-With a high rate the weights move far. With a low one they settle near a minimum of the loss. Each run has first
-the one and then the other. A restart is warm: it raises the rate again and keeps the weights, so that training
-may leave the minimum it has found and look for another from there.
+With a high rate the weights move far. With a low one they settle near a minimum of the loss. Each run has
+first the one and then the other. A restart is warm: it raises the rate again and keeps the weights, so that
+training may leave the minimum it has found and look for another from there.
 
 Papers
     SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts",
@@ -68,11 +68,9 @@ class SGDR(LRScheduler):
     """The schedule above as a PyTorch scheduler.
 
     eta_min: a number, or a sequence with one a run (the last serves all later runs).
-    eta_max: likewise; None takes each parameter group's own learning rate.
+    eta_max: likewise; None takes each parameter group's own learning rate. Not checked to be above eta_min.
     base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
-    last_epoch: -1, or where a clock begins that goes on with an old one; as in PyTorch's schedulers.
-
-    The rate rises during a run whose eta_min is above its eta_max: nothing forbids it.
+    last_epoch: as in PyTorch's schedulers; a training is resumed by load_state_dict and does not need it.
 
     step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
     step() is called after each batch, as Lightning does, the clock and base count batches. With one rate for

@@ -85,11 +85,12 @@ def settings(mode="bptt", **changes):
 
 # -------------------------------------------------------------- 0. the whole method, once more, in plain code
 #
-# The paper in 150 lines. It shares nothing with the modules but settings and first weights: it has its own
-# QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, and it has no dropout.
+# The paper in 160 lines. It shares nothing with the modules but settings and first weights: it has its own
+# QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, it has no dropout, and
+# the graph of a whole epoch stays in memory.
 #
-# It needs no detach at a border. Every step makes NEW weights, and asks for the derivative in these alone.
-# What the old weights did in the chunks before is not asked for: that is truncation.
+# It cuts no graph at a border. Each chunk has NEW weights, made by the step before, and asks for the
+# derivative in these alone. What the old weights did in the chunks before is not asked for: that is truncation.
 
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: the inputs before.
@@ -149,7 +150,10 @@ def plain_adam(weights, gradients, moments, rate, l2):
 
 
 def plain_schedule(s, epoch):
-    """(learning rate, run, whether the gradient that crosses borders is synthetic) at a moment, in epochs."""
+    """(learning rate, run, whether the gradient that crosses borders is synthetic) at a moment, in epochs.
+
+    It knows nine runs, or those between the given restarts.
+    """
     if s.mode in ("bptt", "dni"):
         return s.lr, 0, s.mode == "dni" and epoch >= s.dni_warmup
     starts = [0, *s.restarts] if s.restarts else [s.e_base * (2 ** i - 1) for i in range(9)]
@@ -163,7 +167,10 @@ def plain_schedule(s, epoch):
 
 
 def plain_chunks(length, s, epoch):
-    """(start, stop) of the chunks: T steps; with jitter N(T, 5), one in twenty N(T/2, 5), and at least 5."""
+    """(start, stop) of the chunks: T steps; with jitter N(T, 5), one in twenty N(T/2, 5), and at least 5.
+
+    Seed and order of the draws are those of train.py, so that both cut the text alike.
+    """
     draw, start = random.Random(f"{s.seed} {epoch}"), 0
     while start < length:
         steps = s.chunk
@@ -200,20 +207,22 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
 
             # 2. g predicts the gradient of s_k, to be corrected in 4, and that of s_{k+1}, which stands for
             #    the future after this chunk. Nothing is predicted for s_0. The last chunk has no future.
-            #    g has a memory, so it is run over its last borders, where its newest weights are learned.
+            #    past: the last dni_borders borders. g is run over all of them with its newest weights, so
+            #    that its error also teaches what to store in its memory.
             if phi and start > 0:
                 past = [*past, (s_k, memory)][-s.dni_borders:]
                 memory = past[0][1]
                 for state, _ in past:
-                    guess, memory = plain_g(phi, state, memory)         # delta^_k, at last
+                    guess, memory = plain_g(phi, state, memory)
+                # The guess of the last of them, s_k, is delta^_k.
             future = torch.zeros(N, **DOUBLE)
             if synthetic and stop < length:
                 future = s.dni_alpha * plain_g(phi, s_next, memory)[0].detach()          # alpha delta^_{k+1}
 
-            # 3. One sum, two derivatives. T B loss is the loss summed over the chunk: g's unit. The product
+            # 3. One sum, two derivatives. T B loss is the loss summed over the chunk. The product
             #    future . s_{k+1} is there because its derivative in s_{k+1} is `future`. The derivative of
-            #    the sum in theta is Eq. 1. The derivative in s_k, which the chunk before has made, is
-            #    target_k, the bootstrap of section 2.1.
+            #    `everything` in theta is the gradient of Eq. 1. That in s_k, the state that the chunk before
+            #    ended with, is target_k, the bootstrap of section 2.1.
             everything = T * B * loss + future @ s_next
             *gradients, target = torch.autograd.grad(everything, [*theta.values(), s_k])
 

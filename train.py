@@ -4,9 +4,10 @@ Paper: Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural L
 brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The "authors' code" was
 published with it; departures from both are numbered as in experiments/departures.md.
 
-Why alternate? Synthetic and real gradients lead to different representations, as the paper cites others. It
-hopes that by alternating them the optimiser sees more of the loss, and that a restart of the learning rate at
-each change lets it leave a minimum for a better one (1, 2.3). The mode decides two things:
+Why alternate? Others found, says the paper, that synthetic and real gradients lead to different
+representations. It hopes that by alternating them the optimiser sees more of the loss, and that a restart of
+the learning rate at each change lets it leave a minimum for a better one (1, 2.3). Two things depend on the
+mode:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -53,12 +54,8 @@ def uses_synthetic(settings):
 
 
 def gradient_source(settings, run, epoch):
-    """'synthetic' where g's gradient crosses the borders, 'real' where no gradient does. In real chunks g
-    learns from the T true steps alone (departure 21).
-
-    run: of SGDR.
-    epoch: how many have passed, a fraction.
-    """
+    """'synthetic' where g's gradient crosses the border ahead, 'real' where none does. run: of SGDR. epoch:
+    how many have passed, a fraction. (In real chunks g learns from their T steps alone: departure 21.)"""
     if settings.mode == "alternating":                                  # run by run (2.3, 3.2)
         return "real" if run % 2 == 0 else "synthetic"
     return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
@@ -95,8 +92,8 @@ def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, cli
         nll, penalty, new_state = model(inputs, targets, state)
         loss = nll + penalty
 
-        # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and in synthetic chunks for δ^_{k+1}. What is
-        #    added to the loss has the derivative α δ^_{k+1} / (T B) in s_{k+1}; it is 0 in real chunks.
+        # 2. Synthesise: ask g for δ^_k, to be corrected in 4, and in synthetic chunks for δ^_{k+1}. The
+        #    loss then gets a term whose derivative in s_{k+1} is α δ^_{k+1} / (T B).
         if dni:
             s = None if state is None else [c for c, _ in state]
             loss = loss + dni.credit(s, [c for c, _ in new_state], inputs.numel(), use_synthetic)
