@@ -47,8 +47,8 @@ def pool_loop(f, z, c0):
     return torch.stack(states)                                          # (T, B, H)
 
 
-# torch.compile would unroll the loops of `Pool`, for every T anew. So both are registered as operations that
-# it leaves whole. Their names are global: a free one lets two copies of this file be imported.
+# torch.compile would unroll the two loops of `Pool`, for every T anew. Registered as operations, `states` and
+# `gradients`, they are left whole. Names of operations are global, so a copy of this file takes a free one.
 NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
 
 
@@ -171,7 +171,7 @@ class QRNNLayer(nn.Module):
         z, f, o = gates.to(x.dtype).chunk(3, -1)                        # (T, B, H) each
         z, f, o = torch.tanh(z), torch.sigmoid(f), torch.sigmoid(o)
         if self.zoneout > 0:
-            # Dropout makes some of the 1 - f zero and divides the others by 1 - zoneout.
+            # Dropout makes some of 1 - f zero and divides the rest by 1 - zoneout. The factor undoes that.
             f = 1 - (1 - self.zoneout) * F.dropout(1 - f, self.zoneout, self.training)
         c, c_T = pool(f, z, c0)
         return o * c, (c_T, x_prev)

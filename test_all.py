@@ -90,7 +90,7 @@ def settings(mode="bptt", **changes):
 # the graph of a whole epoch stays in memory.
 #
 # It cuts no graph at a border. Each chunk has NEW weights, made by the step before, and asks for the
-# derivative in these alone. What the old weights did in the chunks before is not asked for: that is truncation.
+# derivative in these alone. It does not ask what older weights did in the chunks before: that is truncation.
 
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: the inputs before.
