@@ -155,8 +155,9 @@ def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
 
         S2 f5 f1 f7 f0 f3 f3 | f6 f2 f4 ? S2       delay 9, and a border | between chunks of T = 10
 
-    The floor, which no model passes, is log(symbols) for the symbol and log(fillers) for each filler. The
-    query is known by its time. A reader who forgets the symbol pays log(symbols) again, for the answer.
+    No model can do better than log(symbols) for the symbol and log(fillers) for each filler: the floor. The
+    query costs nothing, for its place is known. A model that forgets the symbol pays log(symbols) again, for
+    the answer.
     """
     draw, splits = np.random.default_rng(seed), []
     for n in (count, count // 10, count // 10):
@@ -174,10 +175,10 @@ def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
 def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fillers=8):
     """`recall` as streams. Stream b + 1 begins one step later in its episode. Inputs, targets: (steps, B).
 
-    delay          with b T - 1, b borders lie between a symbol and its query, in every stream
+    delay          b T - 1 fillers put b borders between a symbol and its query, in every stream
     answers_only   all targets but the answers are -100, which torch's cross entropy leaves out
     """
-    length = steps + (1 - steps) % (delay + 3)  # one step longer than whole episodes
+    length = steps + (1 - steps) % (delay + 3)  # whole episodes and a step: streams begin later
     text = recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
     inputs, targets = (part[:steps] for part in streams(text[:batch_size * length + 1], batch_size))
     return inputs, targets.masked_fill(inputs != symbols + fillers, -100) if answers_only else targets

@@ -18,20 +18,19 @@ Glossary
     predicted  δ^_k      as s                g(s_k, h_g; φ): the synthetic gradient, a prediction of δ_k
     -          θ, φ      -                   the parameters of the model, and those of g
     target     target_k  as s                what g is taught instead of δ_k, known one chunk later
-    memory     h_g       ((N, 50), empty)    g's own recurrent state, one row per scalar of s_k
+    memory     h_g       ((N, 50), -)        g's own recurrent state, one row per scalar of s_k
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
-The bootstrap. Let R_k be the summed loss of chunk k and of all chunks after it, and δ_k = dR_k/ds_k. The
-loss L_k of chunk k is a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So the chain
-rule says
+The bootstrap. R_k is the summed loss of chunk k and all later ones, and δ_k = dR_k/ds_k. L_k is the loss of
+chunk k, a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So, by the chain rule,
 
-    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        (later chunks' θ count as constants)
+    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        (only θ's use in chunk k counts)
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
 
-    gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}       Eq. 1
-    target_k       =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
+    T B times the gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}         Eq. 1
+    target_k                     =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
 The first line trains the model. The second is a TARGET for g. It contains g's own next guess, as in
 temporal-difference learning. So credit can travel further back than one chunk.
@@ -53,20 +52,19 @@ from qrnn import QRNN, QRNNLayer
 #     credit()    asks g for δ^_k = g(s_k), with a graph for φ: learn() will correct it. h_g moves on.
 #                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, and injects it.
 #     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
-#     learn()     makes one step of φ that lowers the mean of (δ^_k - target_k)² over all neurons.
+#     learn()     makes one step of Adam for φ, on the mean of (δ^_k - target_k)² over all neurons.
 #
-# One backward pass computes Eq. 1 and target_k, both divided by T B. For this we add α / (T B) Σ δ^_{k+1}
-# s_{k+1} to the loss, a sum over layers, streams and neurons, in which δ^ is a constant. The derivative of
-# this term in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send.
+# To inject δ^_{k+1}, credit() returns a term to be added to the loss,
+#
+#     α / (T B) Σ δ^_{k+1} s_{k+1}        over layers, streams and neurons; δ^ is a constant
+#
+# Its derivative in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send. So one backward
+# pass computes Eq. 1 and target_k, both divided by T B. A real chunk is one without this term. There g only
+# learns. With α < 1, g's errors shrink on their way back. The paper has α = 1.
 #
 # Why times T B? Streams do not touch one another, so δ_k holds the gradient of each stream's own summed
 # loss. Its size does not depend on B. The gradient of the mean is T B times smaller, perhaps below the
 # epsilon of g's Adam, 1e-8, and then Adam's steps shrink.
-#
-# A real chunk is one that does not use g's prediction. There both lines of the head lose their last term, and
-# g only learns. With α < 1, g's errors shrink on their way back. The paper has α = 1. It numbers borders by
-# time steps: its h_T and h_2T are s_1 and s_2 here. Its δ_T means both δ_1 and target_1. We take its 2T + 1
-# for a misprint of 2T.
 
 class Interface:
     """All that a synthetic gradient adds to the training of a recurrent model, of any kind. In each chunk:
@@ -137,12 +135,12 @@ class Interface:
         return term
 
     def predict(self, s):
-        """δ^_k, with a graph for φ over the last `borders` borders; h_g moves on by one border.
+        """δ^_k, with a graph for φ; h_g moves on by one border.
 
         g is a recurrent network too, and its time is the count of borders. It always reads its memory. With
         borders = 1 it runs once, on s_k, and is never taught what to store for later. With borders = n it
-        runs again over the last n borders, from the h_g before the first of them, so that its error also
-        teaches what to store.
+        runs again over the last n borders, with today's φ, from the h_g that stood before the first of them.
+        So its error also teaches what to store.
         """
         self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
         memory = self.past[0][1]                                        # h_g before the first of them
@@ -286,23 +284,21 @@ def begin_at_zero(linear):
         nn.init.zeros_(p)
 
 
-# ------------------------------------------------------------------------------------- what does g know?
+# ------------------------------------------------------------------------------------- what can g know?
 #
-# What can g know? Let the model, in state s, give the probability P_s(x) to the words x that follow. The loss
-# to come is then -log P_s(x). Suppose that the model is calibrated: given s, words do follow with these
+# Let the model, in state s, give the probability P_s(x) to a sequence x, all the words that follow. The loss
+# to come is then -log P_s(x). Suppose that the model is calibrated: given s, sequences do follow with these
 # probabilities. Then the mean of the gradient of s, over all that may follow s, is
 #
 #     E[-d log P_s(x) / ds | s]  =  -Σ_x P_s(x) d log P_s(x) / ds  =  -d/ds Σ_x P_s(x)  =  -d/ds 1  =  0
 #
-# and the best prediction from s alone is zero. So from s alone, g can predict something of the log loss
-# only while the model is not calibrated. (Shown by counting in test_all.py, test_what_a_state_can_tell. A
-# penalty is another matter: its gradient may have a mean.) With its memory h_g it may know more than s
-# says. We think that such signals are small beside the noise of a single gradient, so that g must average
-# over many borders, and learn slowly.
+# and the best prediction from s alone is zero. So from s alone, g can predict something of the log loss only
+# while the model is not calibrated. (Shown by counting in test_all.py, test_what_a_state_can_tell.) With its
+# memory h_g it may know more than s says, and the gradient of a penalty may have a mean.
 #
-# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. The mean
-# of δ given s is zero; the mean of this product need not be. ds/dθ depends on the earlier words, and
-# these may tell of δ what s does not.
+# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. Given s,
+# the mean of δ is zero, but the mean of this product need not be. ds/dθ depends on the words that led to s.
+# Two texts may lead to the same s, with another ds/dθ each, and differ in what follows.
 
 def agreement(g, states, losses, tokens_per_chunk):
     """Cosine and R² of g's predictions with the TRUE gradients, on a text that was read in one graph.

@@ -47,17 +47,17 @@ def pool_loop(f, z, c0):
     return torch.stack(states)                                          # (T, B, H)
 
 
-# torch.compile would unroll the two loops of `Pool`, for every T anew. Registered as operations, `states` and
-# `gradients`, they are left whole. Names of operations are global, so a copy of this file takes a free one.
+# For torch.compile, which would unroll the loops of `Pool` for every T anew, they are registered below as
+# operations, which it leaves whole. Names of operations are global: a copy of this file takes a free one.
 NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
 
 
 class Pool(torch.autograd.Function):
     """`pool_loop` with its backward pass written out, so that neither direction builds a graph of T steps.
 
-    L is the loss. G_t is the part of dL/dc_t that comes from the layers above. G_next reaches c_T from the
-    next chunk: 0 in truncated BPTT, a prediction where there is a DNI. c_t also feeds c_{t+1} = f_{t+1} c_t +
-    (1 - f_{t+1}) z_{t+1}. So the whole gradient of c_t, r_t, follows a recurrence backwards in time:
+    L is the loss. G_t is the part of dL/dc_t that comes from the output of step t. G_next reaches c_T from
+    the next chunk: 0 in truncated BPTT, a prediction where there is a DNI. c_t also feeds c_{t+1} = f_{t+1}
+    c_t + (1 - f_{t+1}) z_{t+1}. So the whole gradient of c_t, r_t, follows a recurrence backwards in time:
 
         r_T = G_T + G_next,    r_t = G_t + f_{t+1} r_{t+1}
 
@@ -97,7 +97,7 @@ class Pool(torch.autograd.Function):
     def forward(ctx, f, z, c0):
         c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
-        return c[1:], c[-1].clone()                                     # c_T apart: a tensor of its own
+        return c[1:], c[-1].clone()                                     # c_T apart, to receive G_next
 
     @staticmethod
     def backward(ctx, G, G_next):

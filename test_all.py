@@ -87,10 +87,11 @@ def settings(mode="bptt", **changes):
 #
 # The paper in 160 lines. It shares nothing with the modules but settings and first weights: it has its own
 # QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, it has no dropout, and
-# the graph of a whole epoch stays in memory.
+# no pull: the c of a QRNN stays within [-1, 1].
 #
-# It cuts no graph at a border. Each chunk has NEW weights, made by the step before, and asks for the
-# derivative in these alone. It does not ask what older weights did in the chunks before: that is truncation.
+# It cuts no graph at a border; that of a whole epoch stays in memory. But each chunk has NEW weights, made by
+# the step before, and asks for the derivative in these alone. The older weights acted on the chunks before,
+# and nobody asks for the derivative in them: that is truncation.
 
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: the inputs before.
@@ -107,7 +108,7 @@ def plain_qrnn(x, c, x_prev, W, b):
 
 
 def plain_model(theta, inputs, targets, s_k, x_prev, layers):
-    """The language model on a chunk, inputs and targets (T, B), entered with s_k (N,), the c of all layers.
+    """The language model on a chunk, inputs and targets (T, B), entered with s_k (N,), all layers' c.
 
     Returns the nll, the loss that is minimised, s_{k+1}, and the x_prev of each layer for the next chunk.
     """
@@ -207,8 +208,8 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
 
             # 2. g predicts the gradient of s_k, to be corrected in 4, and that of s_{k+1}, which stands for
             #    the future after this chunk. Nothing is predicted for s_0. The last chunk has no future.
-            #    past: the last dni_borders borders. g is run over all of them with its newest weights, so
-            #    that its error also teaches what to store in its memory.
+            #    past: the last borders, by default this one alone. g is run over all of them with its newest
+            #    weights, so that its error also teaches what to store in its memory.
             if phi and start > 0:
                 past = [*past, (s_k, memory)][-s.dni_borders:]
                 memory = past[0][1]
@@ -267,13 +268,12 @@ def test_training_is_the_plain_program(changes, monkeypatch):
     """
     settings = dataclasses.replace(train.Settings(), **{**WHOLE, **changes})
     model, optimizer, dni = train.build(settings, 11, "cpu")
-    networks = [model.double()]
-    if dni:
-        networks.append(lively(dni.g.double(), 0.1))
+    networks = [model.double()] + ([lively(dni.g.double(), 0.1)] if dni else [])
     schedule, seen, step = train.make_schedule(settings, optimizer), [], train.train_step
     inputs, targets = torch.randint(11, (2, 100, 3))
     first = [{name: w.clone().requires_grad_() for name, w in net.state_dict().items()} for net in networks]
-    *last, chunks, epochs = plain_training(*(first + [{}])[:2], inputs, targets, settings, 3)
+    theta, phi = first if dni else (*first, {})
+    *last, chunks, epochs = plain_training(theta, phi, inputs, targets, settings, 3)
     norms = [norm for *_, norm in chunks]
     assert min(norms) < settings.clip < max(norms)                      # clipping bites, at times
 

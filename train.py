@@ -125,7 +125,7 @@ def chunk_borders(length, settings, epoch=0):
 
 def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast=contextlib.nullcontext()):
     """One pass over the training text. Returns what a row of log.csv says of it, {column: value}: the
-    perplexity of all chunks, and run, gradient and learning rate of the last one.
+    perplexity of all chunks, and the run, the kind of gradient and the learning rate at the end.
 
     text: inputs and targets, (L, B) each. No chunk follows the last one, so nothing is injected there.
     epoch: how many are done.
@@ -246,9 +246,9 @@ class Settings:
     eta_max: tuple = setting((), "rate at a run's beginning; none: lr (2.1)", "above 0")
     reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
     dni_kind: str = setting("neuron", "neuron-wise (2.2), layer-wise (DNI), a matrix", "neuron layer linear")
-    dni_alpha: float = setting(0.9, "discount α; the paper: none, authors' code: 0.1", "0 or more")
+    dni_alpha: float = setting(0.9, "discount α; the paper: 1, authors' code: 0.1", "0 or more")
     dni_lr: float = setting(1e-4, "Adam's rate for g (text.py); authors' code: 1e-3", "above 0")
-    dni_borders: int = setting(1, "borders through which g is taught (2.2)", "at least 1")
+    dni_borders: int = setting(1, "borders through which g's error goes back", "at least 1")
     dni_warmup: float = setting(1.0, "epochs in which g learns, unused (authors' code)", "0 or more")
     device: str = setting("auto", "where to compute", "auto cpu cuda mps")
     precision: str = setting("auto", "of products; auto: bf16 where it is native", "auto fp32 bf16")

@@ -53,7 +53,7 @@ def arrows(axis, colour, *ends):
 
 def steps():
     figure, axis = canvas(10, 4.5)
-    for left, title in ((0.35, "chunk k"), (5.75, "chunk k + 1")):
+    for left, title in ((0.35, "chunk k − 1"), (5.75, "chunk k")):
         panel(axis, left, 1.85, 3.9, 2.3, title)
     for n, x in enumerate((1.0, 2.3, 3.6, 6.4, 7.7, 9.0)):              # words below, losses above
         box(axis, x, 3, "QRNN", width=0.8)
@@ -65,23 +65,23 @@ def steps():
             arrows(axis, BLACK, (x - 0.88, 3.08, x - 0.42, 3.08))
             arrows(axis, RED, (x - 0.42, 2.92, x - 0.88, 2.92))
     axis.plot([5, 5], [1.2, 4.15], color="0.55", linewidth=1.2, linestyle=(0, (4, 3)))
-    write(axis, 5, 4.35, "border k + 1", "0.35", 11)
-    write(axis, 4.92, 3.31, "state $s_{k+1}$", side="right")
+    write(axis, 5, 4.35, "border k", "0.35", 11)
+    write(axis, 4.92, 3.31, "state $s_k$", side="right")
     write(axis, 5, 2.9, "✕", RED, 13)
     box(axis, 5, 0.85, "g", width=0.9, height=0.46, colour=BLUE, size=13)
     write(axis, 4.74, 1.62, "sees", BLUE, side="right")
-    write(axis, 9.66, 2.7, "$\\alpha\\,\\hat\\delta_{k+2}$", BLUE)
+    write(axis, 9.62, 2.7, "2  $\\alpha\\,\\hat\\delta_{k+1}$", BLUE)
     write(axis, 6.6, 0.7, "memory $h_g$, from border to border", BLUE, side="left")
     axis.plot([4.53, 4.34, 4.34], [0.95, 0.95, 2.9], color=BLUE, linewidth=1.4)
     arrows(axis, BLACK, (4.02, 3.08, 5.98, 3.08))
     arrows(axis, RED, (5.98, 2.9, 5.12, 2.9), (5.28, 2.86, 5.28, 1.11))
     arrows(axis, BLUE, (4.78, 3, 4.78, 1.11), (9.9, 2.9, 9.42, 2.9), (3.5, 0.7, 4.53, 0.7),
            (5.47, 0.7, 6.5, 0.7), (4.34, 2.9, 4.02, 2.9))
-    write(axis, 4.25, 1.2, "2  synthesise: $\\alpha\\,\\hat\\delta_{k+1}$ goes into\n"
-          "the backward pass of chunk k", BLUE, side="right")
-    write(axis, 5.6, 1.2, "4  regress, in chunk k + 1: g is taught the gradient\n"
-          "that $s_{k+1}$ receives there (with $\\alpha\\,\\hat\\delta_{k+2}$ in it)", RED, side="left")
-    write(axis, 0.35, 0.25, "1  forward (black)        3  backward (red), stopped at the border        "
+    write(axis, 4.25, 1.2, "2  synthesise, in chunk k − 1:\n"
+          "$\\alpha\\,\\hat\\delta_k$ goes into its backward pass", BLUE, side="right")
+    write(axis, 5.6, 1.2, "4  regress, in chunk k: g is taught the gradient\n"
+          "that $s_k$ receives there (with $\\alpha\\,\\hat\\delta_{k+1}$ in it)", RED, side="left")
+    write(axis, 0.35, 0.25, "1  forward (black)        3  backward (red), behind the border to g        "
           "5  update the weights of the QRNN", side="left")
     return figure
 
