@@ -76,7 +76,7 @@ class Interface:
 
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
         list like s, and its memory: None, or a tuple of tensors, the first with N rows.
-    optimizer: of g's parameters; None stands for Adam at 1e-4.
+    optimizer: of g's parameters alone; None stands for Adam at 1e-4.
     alpha: the discount α.
     borders: how many borders g's error is backpropagated through; with 1 its memory is a constant.
     pull: see below; 0 turns it off.
@@ -86,9 +86,10 @@ class Interface:
     pull · (|c| - 1), with the sign of c and in the unit of δ, where |c| is above 1. It pulls c back. The
     state of a QRNN or a GRU that began within [-1, 1] stays there.
 
-    The sum of loss and credit() may be multiplied by a number before backward(). GradScaler does so, with
-    scaler.scale(loss + dni.credit(..)), and so does accumulation over n chunks, (loss + dni.credit(..)) / n.
-    learn() divides its targets by the same number. It is called after each chunk.
+    The sum of loss and credit() may be multiplied before backward(), by GradScaler, or to accumulate over n
+    chunks, (loss + dni.credit(..)) / n. learn() divides its targets by the same number, after each chunk.
+
+    Where a text begins, the state_dicts of g and optimizer are all that a checkpoint needs.
     """
 
     def __init__(self, g, optimizer=None, alpha=1.0, borders=1, pull=0.01):
@@ -96,6 +97,8 @@ class Interface:
             raise ValueError(f"borders must be at least 1, got {borders}")
         self.g, self.alpha, self.borders, self.pull = g, alpha, borders, pull
         self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-4)
+        if not {p for group in self.optimizer.param_groups for p in group["params"]} <= set(g.parameters()):
+            raise ValueError("optimizer must hold parameters of g alone: learn() clears their gradients")
         self.reset()
 
     def reset(self):
@@ -122,8 +125,7 @@ class Interface:
             return self.watched(s_next[0].new_zeros((), requires_grad=True))
         future = self.synthesize(s_next)                                # δ^_{k+1}
         injected = self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
-        # How far c is outside [-1, 1], with its sign; 0 within (departure 23).
-        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]
+        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]        # 0 within [-1, 1] (departure 23)
         pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
         return self.watched(injected + pull)
 
@@ -139,10 +141,10 @@ class Interface:
 
         g is a recurrent network too, and its time is the count of borders. It always reads its memory. With
         borders = 1 it runs once, on s_k, and is never taught what to store for later. With borders = n it
-        runs again over the last n borders, with today's φ, from the h_g that stood before the first of them.
-        So its error also teaches what to store.
+        runs again over the last n borders, with today's φ, from the h_g before the first of them. So its
+        error also teaches what to store.
         """
-        self.past = [*self.past, ([c.detach() for c in s], self.memory)][-self.borders:]
+        self.past = [*self.past, (constants(s), self.memory)][-self.borders:]
         memory = self.past[0][1]                                        # h_g before the first of them
         for seen, _ in self.past:
             predicted, memory = self.g(seen, memory)
@@ -152,7 +154,7 @@ class Interface:
     @torch.no_grad()
     def synthesize(self, s_next):
         """δ^_{k+1}, constants; h_g is left as it is."""
-        return self.g([c.detach() for c in s_next], self.memory)[0]
+        return self.g(constants(s_next), self.memory)[0]
 
     def learn(self):
         """Teach g target_k; backward has left target_k / (T B) in s_k.grad.
@@ -176,23 +178,20 @@ class Interface:
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
         if self.pending is not None:
             raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
-        if any(torch.is_tensor(x) or any(c.dim() != 2 for c in x) for x in (s_next, [] if s is None else s)):
-            raise ValueError("s and s_next must be lists of (B, H), one a layer: list(h_n) for nn.GRU's h_n")
+        if any(torch.is_tensor(x) or any(not torch.is_tensor(c) or c.dim() != 2 for c in x)
+               for x in (s_next, [] if s is None else s)):
+            raise ValueError("s and s_next must be lists of (B, H), one a layer: list(h_n) for nn.GRU's h_n, "
+                             "[c for c, _ in state] for a QRNN's state")
         if s and not all(c.is_leaf and c.requires_grad for c in s):
-            raise ValueError("s must be leaves that collect a gradient: begin the chunk with "
-                             "c.detach().requires_grad_()")
-        shapes, next_shapes = ([tuple(c.shape) for c in x or ()] for x in (s, s_next))
-        if s and shapes != next_shapes:
-            raise ValueError(f"s and s_next must have the same shapes, got {shapes} and {next_shapes}")
+            raise ValueError("s must be leaves: begin the chunk with c.detach().requires_grad_()")
+        shapes = [[tuple(c.shape) for c in x or ()] for x in (s, s_next)]
+        if s and shapes[0] != shapes[1]:
+            raise ValueError(f"s and s_next must have the same shapes, got {shapes}")
         if use_synthetic and not all(c.requires_grad for c in s_next):
-            raise ValueError("s_next must still be in its graph: call credit() before detaching it")
-        device = next(self.g.parameters()).device
-        if others := {str(c.device) for c in s_next if c.device != device}:
-            raise ValueError(f"g is on {device}, s_next on {', '.join(others)}: begin with g.to(..)")
+            raise ValueError("s_next must be in its graph: no detach before credit(), and no no_grad")
         neurons = sum(c.numel() for c in s_next)
         if self.memory and len(self.memory[0]) != neurons:
-            raise ValueError(f"h_g remembers {len(self.memory[0])} neurons, and s_next has {neurons}: "
-                             "call reset() where another text begins")
+            raise ValueError(f"h_g has {len(self.memory[0])} neurons, s_next {neurons}: call reset() before")
 
 
 def regress(optimizer, predicted, target):
@@ -207,6 +206,11 @@ def regress(optimizer, predicted, target):
     error.backward()
     optimizer.step()
     return error.detach()
+
+
+def constants(s):
+    """What g sees: s without its graph. What is not finite is 0: it would spoil all of φ."""
+    return [c.detach().nan_to_num(0.0, 0.0, 0.0) for c in s]
 
 
 def flatten(tensors):
@@ -246,16 +250,14 @@ class NeuronDNI(nn.Module):
         x = self.encode(c).to(kind)[None]                               # (1, N, 50): one step a border
         h, memory = self.rnn(x, memory)
         predicted = self.decode(h[0]).to(s[0].dtype)                    # (N, 1)
-        sizes = [layer.shape[1] for layer in s]
-        return list(predicted.view(s[0].shape[0], -1).split(sizes, 1)), memory
+        return list(predicted.view(s[0].shape[0], -1).split([c.shape[1] for c in s], 1)), memory
 
 
 class LayerDNI(nn.Module):
     """The layer-wise interface of DNI, section 2.1: from the whole state of a layer to its whole gradient.
 
-    The control for the neuron-wise one. It knows which neuron is which, and sees what the others do, and pays
-    for it in parameters: one MLP H_l -> 50 -> 50 -> H_l a layer, about 100 H_l. Streams are its batch; it has
-    no memory.
+    It knows which neuron is which, and sees what the others do, and pays for it in parameters: one MLP
+    H_l -> 50 -> 50 -> H_l a layer, about 100 H_l. Streams are its batch; it has no memory.
 
     sizes: H_l of each layer.
     hidden_size: 0 makes it one linear map H_l -> H_l a layer.
@@ -303,18 +305,22 @@ def begin_at_zero(linear):
 def agreement(g, states, losses, tokens_per_chunk):
     """Cosine and R² of g's predictions with the TRUE gradients, on a text that was read in one graph.
 
-    states: [s_1, .., s_K], the state at each border, a list of (B, H_l).
+    states: [s_1, .., s_K], the state at each border, a list of (B, H_l), the very tensors that the next read.
     losses: those of the K + 1 chunks, means over tokens_per_chunk tokens each.
 
-    δ_k is the gradient of all losses after border k, to the end of the text. (g's targets are no measure: in
-    synthetic turns they hold its own predictions.) Returns two floats; nan where there is no border.
+    δ_k is the gradient of all losses after border k, to the end of the text. (g's targets are no measure, as
+    they hold its own predictions.) Returns two floats; nan where there is no border. The graph is used up.
     """
-    guesses, memory = [], None
+    if len(losses) != len(states) + 1:
+        raise ValueError(f"{len(states)} borders, so {len(states) + 1} losses are needed, got {len(losses)}")
+    guesses, memory, leaves = [], None, [c for s in states for c in s]
     with torch.no_grad():
         for s in states:
-            predicted, memory = g([c.detach() for c in s], memory)
+            predicted, memory = g(constants(s), memory)
             guesses += predicted
-    truths = torch.autograd.grad(sum(losses), [c for s in states for c in s]) if states else ()
+    truths = torch.autograd.grad(sum(losses), leaves, allow_unused=True) if leaves else ()
+    if any(d is None for d in truths):
+        raise ValueError("a state is not what the next chunk read, such as torch.stack(s) of s = list(h_n)")
     return compare(guesses, [tokens_per_chunk * d for d in truths])
 
 

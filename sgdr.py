@@ -70,12 +70,13 @@ class SGDR(LRScheduler):
     eta_min: a number, or a sequence with one a run (the last serves all later runs).
     eta_max: likewise; None takes each parameter group's own learning rate. Not checked to be above eta_min.
     base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
-    last_epoch: as in PyTorch's schedulers; a training is resumed by load_state_dict and does not need it.
+    last_epoch: as in PyTorch's schedulers.
 
     step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
     step() is called after each batch, as Lightning does, the clock and base count batches. With one rate for
-    all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
-    last bit. The alternation of real and synthetic gradients reads `run.index`.
+    all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, to the
+    last bit where the clock counts or is set. To resume, make SGDR first, then load the optimiser's
+    state_dict and SGDR's. The alternation of real and synthetic gradients reads `run.index`.
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1):

@@ -443,6 +443,7 @@ def test_qrnn_is_called_like_an_lstm():
     lambda: LanguageModel(9, 4, 4, dropout_hidden=-1.0), lambda: LanguageModel(9, 4, 4, dropout_output=1.0),
     lambda: LanguageModel(9, 4, 4, dropout_embedding=1.0), lambda: LanguageModel(9, 4, 4, dropout_weight=1.0),
     lambda: Interface(NeuronDNI(), borders=0), lambda: LayerDNI(8),
+    lambda: Interface(NeuronDNI(), torch.optim.Adam(nn.Linear(2, 2).parameters())),
     lambda: LayerDNI([4, 3])([torch.ones(2, 4)]), lambda: SGDR(optimizer_with(1.0), base=0),
     lambda: SGDR(optimizer_with(1.0), mult=0.5)])
 def test_a_module_refuses_what_the_command_line_does(make):
@@ -802,6 +803,9 @@ def test_a_scaled_loss_teaches_g_the_same(scale):
     close(*found)
     weights, _ = chunk_of(dni, s, math.inf)
     assert weights.isfinite().all()
+    s[0].data[0, 0] = math.nan                                          # of one neuron, before and after
+    weights, _ = chunk_of(dni, s)
+    assert weights.isfinite().all() and dni.memory[0].isfinite().all()
     for g in (NeuronDNI(), LayerDNI([3, 4])):
         for dtype in (torch.float64, torch.bfloat16):
             _, s = chunk_of(Interface(g), [torch.randn(2, 3, dtype=dtype), torch.randn(2, 4, dtype=dtype)])
@@ -832,7 +836,11 @@ def test_agreement_is_with_the_truth():
     p, t = torch.cat(guesses), torch.cat(truths)
     expected = [F.cosine_similarity(p, t, 0).item(), (1 - (p - t).square().sum() / t.square().sum()).item()]
     assert agreement(g, list(map(c_of, states[:2])), losses, 8) == pytest.approx(expected)
-    assert all(map(math.isnan, agreement(g, [], losses, 8)))
+    assert all(map(math.isnan, agreement(g, [], losses[:1], 8)))
+    with pytest.raises(ValueError, match="1 borders, so 2 losses are needed, got 3"):
+        agreement(g, states[:1], losses, 8)
+    with pytest.raises(ValueError, match="not what the next chunk read"):
+        agreement(g, [[c + 0 for c in c_of(state)] for state in states[:2]], one_graph(model, chunks)[0], 8)
 
 
 @SLOW
@@ -881,14 +889,14 @@ def test_wrong_calls_of_the_interface_say_what_to_do():
     refused(RuntimeError, r"call credit\(\) and then backward\(\)", Interface.learn)
     refused(RuntimeError, r"call backward\(\) on loss \+ credit", chunk, Interface.learn)
     refused(RuntimeError, r"twice: call backward\(\) and learn\(\)", chunk, chunk)
-    refused(ValueError, r"h_g remembers 14 neurons, and s_next has 28: call reset\(\)",
+    refused(ValueError, r"h_g has 14 neurons, s_next 28: call reset\(\)",
             lambda dni: chunk(dni).backward(), Interface.learn, lambda dni: chunk(dni, B=4))
-    for words, options in ((r"leaves .* c.detach\(\).requires_grad_\(\)", dict(start=lambda c: c)),
+    for words, options in ((r"leaves: .* c.detach\(\).requires_grad_\(\)", dict(start=lambda c: c)),
                            ("leaves", dict(start=lambda c: 2 * c.requires_grad_())),
-                           ("before detaching", dict(end=lambda c: (2 * c).detach())),
-                           (r"got \[.*\(2, 3\)\] and \[.*\(2, 2\)\]", dict(end=lambda c: c[:, :2])),
-                           (r"list\(h_n\) for nn.GRU", dict(end=lambda c: 2 * c[None])),
-                           ("g is on cpu, s_next on meta", dict(end=lambda c: c.to("meta")))):
+                           ("no detach before credit", dict(end=lambda c: (2 * c).detach())),
+                           (r"got \[\[.*\(2, 3\)\], \[.*\(2, 2\)\]\]", dict(end=lambda c: c[:, :2])),
+                           (r"\[c for c, _ in state\] for a QRNN", dict(end=lambda c: (2 * c, c))),
+                           (r"list\(h_n\) for nn.GRU", dict(end=lambda c: 2 * c[None]))):
         refused(ValueError, words, lambda dni: chunk(dni, **options))
     refused(ValueError, r"list\(h_n\)", lambda dni: dni.credit(torch.ones(1, 2, 3), torch.ones(1, 2, 3), 10))
     refused(RuntimeError, r"call backward\(\) on loss \+ credit",
