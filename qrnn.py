@@ -47,11 +47,6 @@ def pool_loop(f, z, c0):
     return torch.stack(states)                                          # (T, B, H)
 
 
-# For torch.compile, which would unroll the loops of `Pool` for every T anew, they are registered below as
-# operations, which it leaves whole. Names of operations are global: a copy of this file takes a free one.
-NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
-
-
 class Pool(torch.autograd.Function):
     """`pool_loop` with its backward pass written out, so that neither direction builds a graph of T steps.
 
@@ -69,30 +64,6 @@ class Pool(torch.autograd.Function):
     The chunk before would need it, as its G_next. A decoupled neural interface (dni.py) learns to predict it.
     """
 
-    @torch.library.custom_op(f"{NAME}::pool", mutates_args=())
-    def states(f: torch.Tensor, z: torch.Tensor, c0: torch.Tensor) -> torch.Tensor:
-        """c_0 .. c_T (T+1, B, H), into memory taken once."""
-        c = z.new_empty(z.shape[0] + 1, *c0.shape)
-        c[0] = c0
-        c_t = c.unbind()
-        for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
-            torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                # f c + (1 - f) z
-        return c
-    states.register_fake(lambda f, z, c0: z.new_empty(z.shape[0] + 1, *c0.shape))
-
-    @torch.library.custom_op(f"{NAME}::pool_backward", mutates_args=())
-    def gradients(G: torch.Tensor, G_next: torch.Tensor, f: torch.Tensor, z: torch.Tensor,
-                  c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dL/df, dL/dz (T, B, H) and dL/dc_0 (B, H), from r_T down to r_1. c: from `states`."""
-        r = torch.empty_like(G, memory_format=torch.contiguous_format)
-        torch.add(G[-1], G_next, out=r[-1])
-        G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
-        for t in range(r.shape[0] - 2, -1, -1):
-            torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])   # r_t = G_t + f_{t+1} r_{t+1}
-        return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]
-    gradients.register_fake(lambda G, G_next, f, z, c: (
-        f.new_empty(f.shape), z.new_empty(z.shape), G_next.new_empty(G_next.shape)))
-
     @staticmethod
     def forward(ctx, f, z, c0):
         c = pool_states(f, z, c0)
@@ -106,7 +77,24 @@ class Pool(torch.autograd.Function):
         return pool_gradients(G, G_next, *ctx.saved_tensors)
 
 
-pool_states, pool_gradients = Pool.states, Pool.gradients               # where torch.compile looks for them
+def pool_states(f, z, c0):
+    """c_0 .. c_T (T+1, B, H), into memory taken once."""
+    c = z.new_empty(z.shape[0] + 1, *c0.shape)
+    c[0] = c0
+    c_t = c.unbind()
+    for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
+        torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                    # f c + (1 - f) z
+    return c
+
+
+def pool_gradients(G, G_next, f, z, c):
+    """dL/df, dL/dz (T, B, H) and dL/dc_0 (B, H), from r_T down to r_1. c: from `pool_states`."""
+    r = torch.empty_like(G, memory_format=torch.contiguous_format)
+    torch.add(G[-1], G_next, out=r[-1])
+    G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
+    for t in range(r.shape[0] - 2, -1, -1):
+        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])       # r_t = G_t + f_{t+1} r_{t+1}
+    return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]
 
 
 def pool(f, z, c0):
@@ -300,10 +288,21 @@ class LanguageModel(nn.Module):
         return logits, dropped, h, state
 
 
-# --------------------------------------------------------------------------------------- the pooling on a GPU
+# ------------------------------------------------------------------------ the pooling compiled, and on a GPU
 #
-# There each step of the loops in `Pool` would be a launch. This program takes BLOCK columns (stream, neuron)
-# through all T steps, and reads every number once. num_stages: how far loads go ahead.
+# torch.compile would unroll the two loops of the pooling, for every T anew. As operations they are left
+# whole. Names of operations are global, so a copy of this file takes a free one.
+NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
+pool_states = torch.library.custom_op(f"{NAME}::pool", pool_states, mutates_args=(),
+                                      schema="(Tensor f, Tensor z, Tensor c0) -> Tensor")
+pool_states.register_fake(lambda f, z, c0: z.new_empty(z.shape[0] + 1, *c0.shape))
+pool_gradients = torch.library.custom_op(f"{NAME}::pool_backward", pool_gradients, mutates_args=(), schema=(
+    "(Tensor G, Tensor G_next, Tensor f, Tensor z, Tensor c) -> (Tensor, Tensor, Tensor)"))
+pool_gradients.register_fake(lambda G, G_next, f, z, c: (
+    f.new_empty(f.shape), z.new_empty(z.shape), G_next.new_empty(G_next.shape)))
+
+# On a GPU each step of the loops would be a launch. This program takes BLOCK columns (stream, neuron) through
+# all T steps, and reads every number once. num_stages: how far loads go ahead.
 try:
     import triton                                                       # comes with torch for GPUs
     import triton.language as tl

@@ -344,8 +344,8 @@ def test_the_gpus_pooling_without_a_gpu(monkeypatch):
     pytest.importorskip("triton", "3.7")                                # that of 3.6 fails with numpy 2.4
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     copy = another_qrnn()
-    copy.Pool.states.register_kernel("cpu", copy.states_on_gpu)         # in place of the loops
-    copy.Pool.gradients.register_kernel("cpu", copy.gradients_on_gpu)
+    copy.pool_states.register_kernel("cpu", copy.states_on_gpu)         # in place of the loops
+    copy.pool_gradients.register_kernel("cpu", copy.gradients_on_gpu)
     # Sizes are odd, or above the BLOCK of columns.
     for T, B, H, strided in (1, 3, 5, False), (2, 1, 1, False), (7, 3, 43, False), (6, 5, 27, True):
         arguments = [*gates(T, B, H), randn(T, B, H), randn(B, H)]
