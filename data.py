@@ -178,7 +178,7 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     delay          b T - 1 fillers put b borders between a symbol and its query, in every stream
     answers_only   all targets but the answers are -100, which torch's cross entropy leaves out
     """
-    length = steps + (1 - steps) % (delay + 3)  # whole episodes and a step: streams begin later
+    length = steps + (1 - steps) % (delay + 3)  # one more than whole episodes: see above
     text = recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
     inputs, targets = (part[:steps] for part in streams(text[:batch_size * length + 1], batch_size))
     return inputs, targets.masked_fill(inputs != symbols + fillers, -100) if answers_only else targets
@@ -193,7 +193,7 @@ def unigram_perplexity(corpus, split="test"):
 
 
 def describe(corpus):
-    """What is in a corpus, and what is known of it, as lines. If train has no <unk>, it is never trained."""
+    """What is in a corpus, and what is known of it, as lines. (Without <unk> in train, none is learned.)"""
     unknown = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
     shares = (f"{(getattr(corpus, split) == unknown).float().mean():.1%} of {split}" for split in SPLITS)
     return [f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "

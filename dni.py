@@ -60,7 +60,7 @@ from qrnn import QRNN, QRNNLayer
 #
 # Its derivative in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send. So one backward
 # pass computes Eq. 1 and target_k, both divided by T B. A real chunk is one without this term. There g only
-# learns. With α < 1, g's errors shrink on their way back. The paper has α = 1.
+# learns. With α < 1, g's errors shrink on their way back. The paper has no α, or α = 1.
 #
 # Why times T B? Streams do not touch one another, so δ_k holds the gradient of each stream's own summed
 # loss. Its size does not depend on B. The gradient of the mean is T B times smaller, perhaps below the
@@ -78,16 +78,16 @@ class Interface:
         list like s, and its memory: None, or a tuple of tensors, the first with N rows.
     optimizer: of g's parameters alone; None stands for Adam at 1e-4.
     alpha: the discount α.
-    borders: how many borders g's error is backpropagated through; with 1 its memory is a constant.
+    borders: how many borders g's error is backpropagated through; with 1 no gradient flows into its memory.
     pull: see below; 0 turns it off.
 
     The pull. An LSTM's s is [h, c], and its c has no bound. Where g pushes c outwards, it sees a larger c at
-    the next border and may predict more. Both can grow without end. So synthetic chunks also inject
-    pull · (|c| - 1), with the sign of c and in the unit of δ, where |c| is above 1. It pulls c back. The
-    state of a QRNN or a GRU that began within [-1, 1] stays there.
+    the next border and may predict a larger gradient. Both can grow without end. So, where |c| is above 1,
+    pull · (|c| - 1) with the sign of c is added to α δ^_{k+1}. It pulls c back, and is part of target_k.
+    The state of a QRNN or a GRU that began within [-1, 1] stays there.
 
     The sum of loss and credit() may be multiplied before backward(), by GradScaler, or to accumulate over n
-    chunks, (loss + dni.credit(..)) / n. learn() divides its targets by the same number, after each chunk.
+    chunks, (loss + dni.credit(..)) / n. learn(), still called for each chunk, undoes this in its targets.
 
     Where a text begins, the state_dicts of g and optimizer are all that a checkpoint needs.
     """
@@ -298,9 +298,9 @@ def begin_at_zero(linear):
 # while the model is not calibrated. (Shown by counting in test_all.py, test_what_a_state_can_tell.) With its
 # memory h_g it may know more than s says, and the gradient of a penalty may have a mean.
 #
-# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. Given s,
-# the mean of δ is zero, but the mean of this product need not be. ds/dθ depends on the words that led to s.
-# Two texts may lead to the same s, with another ds/dθ each, and differ in what follows.
+# Even then truncation loses something: (ds/dθ)ᵀ δ, the gradient of θ that crosses the border. The mean
+# of δ is zero given s, but need not be given s and the words that led to it. ds/dθ depends on these words
+# too. So the mean of the product need not be zero.
 
 def agreement(g, states, losses, tokens_per_chunk):
     """Cosine and R² of g's predictions with the TRUE gradients, on a text that was read in one graph.

@@ -207,7 +207,7 @@ class QRNN(nn.Module):
         Returns (output, state): the last layer's h for every step, and the state to hand to the next call.
         """
         if not torch.is_tensor(x):
-            raise TypeError(f"x is a {type(x).__name__}: pad it on the right; real steps' outputs stay")
+            raise TypeError(f"x is a {type(x).__name__}: pad it on the right, which changes no real output")
         if self.batch_first and (x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.layers[0].input_size):
             raise ValueError(f"x: expected (B, T >= 1, {self.layers[0].input_size}), got {tuple(x.shape)}")
         h = x.transpose(0, 1) if self.batch_first else x

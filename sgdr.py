@@ -74,9 +74,9 @@ class SGDR(LRScheduler):
 
     step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
     step() is called after each batch, as Lightning does, the clock and base count batches. With one rate for
-    all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, to the
-    last bit where the clock counts or is set. To resume, make SGDR first, then load the optimiser's
-    state_dict and SGDR's. The alternation of real and synthetic gradients reads `run.index`.
+    all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
+    last bit, and to rounding where step() goes on from a fraction. To resume, make SGDR first, then load the
+    optimiser's state_dict and SGDR's. The alternation of gradients reads `run.index`.
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1):

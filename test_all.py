@@ -85,13 +85,13 @@ def settings(mode="bptt", **changes):
 
 # -------------------------------------------------------------- 0. the whole method, once more, in plain code
 #
-# The paper in 160 lines. It shares nothing with the modules but settings and first weights: it has its own
+# The method in 160 lines. It shares nothing with the modules but settings and first weights: it has its own
 # QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, it has no dropout, and
 # no pull: the c of a QRNN stays within [-1, 1].
 #
 # It cuts no graph at a border; that of a whole epoch stays in memory. But each chunk has NEW weights, made by
-# the step before, and asks for the derivative in these alone. The older weights acted on the chunks before,
-# and nobody asks for the derivative in them: that is truncation.
+# the step before, and asks for the derivative in these alone, and in s_k. The older weights acted on the
+# chunks before, and nobody asks for the derivative in them: that is truncation.
 
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: the inputs before.
@@ -183,7 +183,7 @@ def plain_chunks(length, s, epoch):
 
 
 def plain_training(theta, phi, inputs, targets, s, epochs):
-    """The paper. theta, phi: first weights of model and g, by name (phi {}: no g). inputs, targets: (L, B).
+    """All steps. theta, phi: first weights of model and g, by name (phi {}: no g). inputs, targets: (L, B).
 
     Returns theta, phi, [(nll, rate, run, synthetic, gradient norm)] of all chunks, [mean nll] of all epochs.
     """

@@ -99,7 +99,7 @@ def train_step(model, optimizer, dni, inputs, targets, state, use_synthetic, cli
             loss = loss + dni.credit(s, [c for c, _ in new_state], inputs.numel(), use_synthetic)
 
     # 3. Backward: θ gets dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B), and s_k.grad target_k / (T B).
-    #    This is Eq. 1 as dni.py has it, over T B: there losses are sums, here they are means.
+    #    These are the two lines of dni.py, divided by T B.
     loss.backward()
 
     # 4. Regress: a step of Adam for φ, on the mean of (δ^_k - target_k)².
@@ -117,7 +117,7 @@ def chunk_borders(length, settings, epoch=0):
     draw, start = random.Random(f"{settings.seed} {epoch}"), 0
     while start < length:
         steps = settings.chunk
-        if settings.jitter:                                             # as the authors' code (departure 13)
+        if settings.jitter:                                             # AWD 4.1 (departure 13)
             steps = max(5, int(draw.gauss(steps if draw.random() < 0.95 else steps / 2, 5)))
         yield start, min(start + steps, length)
         start += steps
@@ -144,7 +144,7 @@ def train_epoch(model, optimizer, schedule, dni, text, epoch, settings, autocast
         run, [rate] = schedule.run.index, schedule.get_last_lr()
         if settings.reset_optimizer and run != last_run:
             optimizer.state.clear()
-        share = (stop - start) / settings.chunk if settings.jitter else 1
+        share = (stop - start) / settings.chunk if settings.jitter else 1       # AWD 4.1
         optimizer.param_groups[0]["lr"] = rate * share
         source = gradient_source(settings, run, now)
         use_synthetic = source == "synthetic" and stop < length

@@ -81,7 +81,7 @@ def steps():
           "$\\alpha\\,\\hat\\delta_k$ goes into its backward pass", BLUE, side="right")
     write(axis, 5.6, 1.2, "4  regress, in chunk k: g is taught the gradient\n"
           "that $s_k$ receives there (with $\\alpha\\,\\hat\\delta_{k+1}$ in it)", RED, side="left")
-    write(axis, 0.35, 0.25, "1  forward (black)        3  backward (red), behind the border to g        "
+    write(axis, 0.35, 0.25, "1  forward (black)        3  backward (red), from the border to g alone        "
           "5  update the weights of the QRNN", side="left")
     return figure
 

@@ -138,7 +138,7 @@ def gains_table(rows):
     lengths = sorted({T for _, T, _, _ in found}, key=int)
     lines = [[TEXT[arm], *(spread(gains(found, keys.get((arm, T), (arm, T)))[0], 3) for T in lengths)]
              for arm in ("full", "twice", "linear", "mlp", "neuron")]
-    return table(["bits per character, fewer than truncated BPTT", *(f"T = {T}" for T in lengths)], lines)
+    return table(["gain over truncated BPTT, bits per character", *(f"T = {T}" for T in lengths)], lines)
 
 
 # ------------------------------------------------------------------------------------ recall.py, reproduce.py
@@ -196,8 +196,8 @@ def methods_table(ptb, wt2):
                       f"{spread(less)} from {PAPER[beside][0]}" if less else "",
                       f"{statistics.median(numbers(mine, 'seconds')) / 60:.0f}" if mine else "-",
                       spread(numbers(other, "test_perplexity")) or "-"])
-    return table(["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2", "here, 512 + 256, 15 epochs: PTB",
-                  "difference", "minutes, one core", "2 epochs: WT2"], lines)
+    return table(["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2",
+                  "here, 512 + 256, 15 epochs: PTB", "difference", "one core, minutes", "2 epochs: WT2"], lines)
 
 
 # ---------------------------------------------------------------------------------------------------- figures
