@@ -197,7 +197,7 @@ def methods_table(ptb, wt2):
                       f"{statistics.median(numbers(mine, 'seconds')) / 60:.0f}" if mine else "-",
                       spread(numbers(other, "test_perplexity")) or "-"])
     return table(["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2",
-                  "here, 512 + 256, 15 epochs: PTB", "difference", "one core, minutes", "2 epochs: WT2"], lines)
+                  "here, 512 + 256, 15 epochs: PTB", "difference", "core minutes", "2 epochs: WT2"], lines)
 
 
 # ---------------------------------------------------------------------------------------------------- figures
