@@ -175,7 +175,7 @@ def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
 def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fillers=8):
     """`recall` as streams. Stream b + 1 begins one step later in its episode. Inputs, targets: (steps, B).
 
-    delay          b T - 1 fillers put b borders between a symbol and its query, in every stream
+    delay          n T - 1 fillers put n borders between a symbol and its query, in every stream
     answers_only   all targets but the answers are -100, which torch's cross entropy leaves out
     """
     length = steps + (1 - steps) % (delay + 3)  # one more than whole episodes: see above

@@ -18,7 +18,7 @@ Glossary
     predicted  δ^_k      as s                g(s_k, h_g; φ): the synthetic gradient, a prediction of δ_k
     -          θ, φ      -                   the parameters of the model, and those of g
     target     target_k  as s                what g is taught instead of δ_k, known one chunk later
-    memory     h_g       ((N, 50), -)        g's own recurrent state, one row per scalar of s_k
+    memory     h_g       (N, 50)             g's own recurrent state; `memory` is a tuple, h_g its first
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
 The bootstrap. R_k is the summed loss of chunk k and all later ones, and δ_k = dR_k/ds_k. L_k is the loss of
@@ -305,11 +305,11 @@ def begin_at_zero(linear):
 def agreement(g, states, losses, tokens_per_chunk):
     """Cosine and R² of g's predictions with the TRUE gradients, on a text that was read in one graph.
 
-    states: [s_1, .., s_K], the state at each border, a list of (B, H_l), the very tensors that the next read.
+    states: [s_1, .., s_K], the state at each border, a list of (B, H_l), the very tensors that chunk k reads.
     losses: those of the K + 1 chunks, means over tokens_per_chunk tokens each.
 
     δ_k is the gradient of all losses after border k, to the end of the text. (g's targets are no measure, as
-    they hold its own predictions.) Returns two floats; nan where there is no border. The graph is used up.
+    they hold its own predictions.) Returns two floats. The graph is used up.
     """
     if len(losses) != len(states) + 1:
         raise ValueError(f"{len(states)} borders, so {len(states) + 1} losses are needed, got {len(losses)}")
@@ -320,17 +320,17 @@ def agreement(g, states, losses, tokens_per_chunk):
             guesses += predicted
     truths = torch.autograd.grad(sum(losses), leaves, allow_unused=True) if leaves else ()
     if any(d is None for d in truths):
-        raise ValueError("a state is not what the next chunk read, such as torch.stack(s) of s = list(h_n)")
+        raise ValueError("states must be what the next chunk read: for a GRU torch.stack(s), s = list(h_n)")
     return compare(guesses, [tokens_per_chunk * d for d in truths])
 
 
 def compare(predicted, truth):
-    """Cosine and R², floats, of two lists of tensors of the same shapes.
+    """Cosine and R², floats, of two lists of tensors of the same shapes; nan where they are empty.
 
-        cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated
+        cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated, nan if p = 0
         R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 as good as predicting zero; below 0 worse
     """
-    if not predicted:
+    if not predicted:                                                   # no border
         return float("nan"), float("nan")
     p, t = flatten(predicted).detach().double(), flatten(truth).double()
     return ((p @ t) / (p.norm() * t.norm())).item(), (1 - (p - t).square().sum() / t.square().sum()).item()
