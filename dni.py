@@ -60,7 +60,8 @@ from qrnn import QRNN, QRNNLayer
 #
 # Its derivative in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send. So one backward
 # pass computes Eq. 1 and target_k, both divided by T B. A real chunk is one without this term. There g only
-# learns. With α < 1, g's errors shrink on their way back. The paper has no α, or α = 1.
+# learns. With α < 1, g's errors shrink on their way back. The paper has no α, or α = 1. (A QRNN's x_prev
+# crosses the border too, and gets no gradient from later chunks in any mode: experiments/departures.md.)
 #
 # Why times T B? Streams do not touch one another, so δ_k holds the gradient of each stream's own summed
 # loss. Its size does not depend on B. The gradient of the mean is T B times smaller, perhaps below the
@@ -88,7 +89,6 @@ class Interface:
 
     The sum of loss and credit() may be multiplied before backward(), by GradScaler, or to accumulate over n
     chunks, (loss + dni.credit(..)) / n. learn(), still called for each chunk, undoes this in its targets.
-
     Where a text begins, the state_dicts of g and optimizer are all that a checkpoint needs.
     """
 
