@@ -180,18 +180,17 @@ class Interface:
             raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
         if any(torch.is_tensor(x) or any(not torch.is_tensor(c) or c.dim() != 2 for c in x)
                for x in (s_next, [] if s is None else s)):
-            raise ValueError("s and s_next must be lists of (B, H), one a layer: list(h_n) for nn.GRU's h_n, "
-                             "[c for c, _ in state] for a QRNN's state")
+            raise ValueError("s, s_next: lists of (B, H): a GRU's list(h_n), a QRNN's [c for c, _ in state]")
         if s and not all(c.is_leaf and c.requires_grad for c in s):
             raise ValueError("s must be leaves: begin the chunk with c.detach().requires_grad_()")
         shapes = [[tuple(c.shape) for c in x or ()] for x in (s, s_next)]
         if s and shapes[0] != shapes[1]:
             raise ValueError(f"s and s_next must have the same shapes, got {shapes}")
         if use_synthetic and not all(c.requires_grad for c in s_next):
-            raise ValueError("s_next must be in its graph: no detach before credit(), and no no_grad")
+            raise ValueError("s_next has no graph: call credit() before detaching it, not under no_grad")
         neurons = sum(c.numel() for c in s_next)
         if self.memory and len(self.memory[0]) != neurons:
-            raise ValueError(f"h_g has {len(self.memory[0])} neurons, s_next {neurons}: call reset() before")
+            raise ValueError(f"h_g has {len(self.memory[0])} neurons, s_next {neurons}: call reset() first")
 
 
 def regress(optimizer, predicted, target):
@@ -275,9 +274,10 @@ class LayerDNI(nn.Module):
             begin_at_zero(mlp[-1])
 
     def forward(self, s, memory=None):
-        """As NeuronDNI.forward; the memory stays None. Raises ValueError for another number of layers."""
-        if len(s) != len(self.mlps):
-            raise ValueError(f"this g was made for {len(self.mlps)} states, and s has {len(s)}")
+        """As NeuronDNI.forward; the memory stays None. Raises ValueError for states of other sizes."""
+        made_for, got = [mlp[0].in_features for mlp in self.mlps], [c.shape[1] for c in s]
+        if got != made_for:
+            raise ValueError(f"this g was made for states of sizes {made_for}, and s has {got}")
         return [mlp(c.to(mlp[0].weight.dtype)).to(c.dtype) for mlp, c in zip(self.mlps, s)], None
 
 

@@ -444,7 +444,8 @@ def test_qrnn_is_called_like_an_lstm():
     lambda: LanguageModel(9, 4, 4, dropout_embedding=1.0), lambda: LanguageModel(9, 4, 4, dropout_weight=1.0),
     lambda: Interface(NeuronDNI(), borders=0), lambda: LayerDNI(8),
     lambda: Interface(NeuronDNI(), torch.optim.Adam(nn.Linear(2, 2).parameters())),
-    lambda: LayerDNI([4, 3])([torch.ones(2, 4)]), lambda: SGDR(optimizer_with(1.0), base=0),
+    lambda: LayerDNI([4, 3])([torch.ones(2, 4)]), lambda: LayerDNI([4])([torch.ones(2, 3)]),
+    lambda: SGDR(optimizer_with(1.0), base=0),
     lambda: SGDR(optimizer_with(1.0), mult=0.5)])
 def test_a_module_refuses_what_the_command_line_does(make):
     with pytest.raises(ValueError):
@@ -893,10 +894,10 @@ def test_wrong_calls_of_the_interface_say_what_to_do():
             lambda dni: chunk(dni).backward(), Interface.learn, lambda dni: chunk(dni, B=4))
     for words, options in ((r"leaves: .* c.detach\(\).requires_grad_\(\)", dict(start=lambda c: c)),
                            ("leaves", dict(start=lambda c: 2 * c.requires_grad_())),
-                           ("no detach before credit", dict(end=lambda c: (2 * c).detach())),
+                           ("before detaching it, not under no_grad", dict(end=lambda c: (2 * c).detach())),
                            (r"got \[\[.*\(2, 3\)\], \[.*\(2, 2\)\]\]", dict(end=lambda c: c[:, :2])),
-                           (r"\[c for c, _ in state\] for a QRNN", dict(end=lambda c: (2 * c, c))),
-                           (r"list\(h_n\) for nn.GRU", dict(end=lambda c: 2 * c[None]))):
+                           (r"a QRNN.s \[c for c, _ in state\]", dict(end=lambda c: (2 * c, c))),
+                           (r"list\(h_n\)", dict(end=lambda c: 2 * c[None]))):
         refused(ValueError, words, lambda dni: chunk(dni, **options))
     refused(ValueError, r"list\(h_n\)", lambda dni: dni.credit(torch.ones(1, 2, 3), torch.ones(1, 2, 3), 10))
     refused(RuntimeError, r"call backward\(\) on loss \+ credit",
