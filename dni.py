@@ -11,25 +11,25 @@ Papers
 
 Glossary
     name       symbol    shape               meaning
-    s          s_k       [(B, H_l)]          the c of every layer l at border k, where chunk k begins
+    s          s_k       [(B, H_l)]          the c of each layer l where chunk k begins, at border k
     s_next     s_{k+1}   as s                the same at border k + 1, where chunk k ends
-    N          N         -                   how many scalars are in s_k: B * sum over layers of H_l
-    -          δ_k       as s                the gradient of s_k from all that follows; nobody knows it
+    N          N         -                   how many scalars are in s_k, B * sum of H_l
+    -          δ_k       as s                the gradient of s_k from all that follows
     predicted  δ^_k      as s                g(s_k, h_g; φ): the synthetic gradient, a prediction of δ_k
     -          θ, φ      -                   the parameters of the model, and those of g
-    target     target_k  as s                what g is taught instead of δ_k, known one chunk later
+    target     target_k  as s                what g is taught instead, known one chunk later
     memory     h_g       (N, 50)             g's own recurrent state; `memory` is a tuple, h_g its first
     alpha      α         -                   discount of δ^_{k+1}, where it is injected and in target_k
 
 The bootstrap. R_k is the summed loss of chunk k and all later ones, and δ_k = dR_k/ds_k. L_k is the loss of
 chunk k, a mean over T B tokens. Chunk k acts on later losses through s_{k+1}. So, by the chain rule,
 
-    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}        (only θ's use in chunk k counts)
+    dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}     (only θ's use in chunk k counts)
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both lines:
 
-    T B times the gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}         Eq. 1
+    T B times the gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}    Eq. 1
     target_k                     =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
 The first line trains the model. The second is a TARGET for g. It contains g's own next guess, as in
@@ -116,7 +116,7 @@ class Interface:
         use_synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and target_k
             holds the T true steps alone.
 
-        Raises ValueError or RuntimeError, with what to do, for a wrong shape, graph or order of calls.
+        Raises ValueError or RuntimeError for a wrong shape, graph or order of calls.
         """
         self.check(s, s_next, use_synthetic)
         predicted = None if s is None else self.predict(s)
@@ -159,7 +159,7 @@ class Interface:
     def learn(self):
         """Teach g target_k; backward has left target_k / (T B) in s_k.grad.
 
-        Returns g's mean squared error before the update, or None where nothing was predicted. Raises
+        Returns g's mean squared error before the update, None where nothing was predicted. Raises
         RuntimeError where credit or backward was not called.
         """
         if self.pending is None:
@@ -325,7 +325,7 @@ def agreement(g, states, losses, tokens_per_chunk):
 
 
 def compare(predicted, truth):
-    """Cosine and R², floats, of two lists of tensors of the same shapes; nan where they are empty.
+    """Cosine and R², floats, of two lists of tensors of the same shapes; nan if empty.
 
         cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated, nan if p = 0
         R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 as good as predicting zero; below 0 worse
