@@ -60,8 +60,9 @@ from qrnn import QRNN, QRNNLayer
 #
 # Its derivative in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send. So one backward
 # pass computes Eq. 1 and target_k, both divided by T B. A real chunk is one without this term. There g only
-# learns. With α < 1, g's errors shrink on their way back. The paper has no α, or α = 1. (A QRNN's x_prev
-# crosses the border too, and gets no gradient from later chunks in any mode: experiments/departures.md.)
+# learns.
+#
+# A QRNN's x_prev crosses the border too. It gets no gradient from later chunks, in any mode.
 #
 # Why times T B? Streams do not touch one another, so δ_k holds the gradient of each stream's own summed
 # loss. Its size does not depend on B. The gradient of the mean is T B times smaller, perhaps below the
@@ -78,7 +79,7 @@ class Interface:
     g: a NeuronDNI, a LayerDNI, or a module that is called as they are: g(s, memory) returns predictions, a
         list like s, and its memory: None, or a tuple of tensors, the first with N rows.
     optimizer: of g's parameters alone; None stands for Adam at 1e-4.
-    alpha: the discount α.
+    alpha: the discount α. Below 1, g's errors shrink on their way back. The paper has none, as with 1.
     borders: how many borders g's error is backpropagated through; with 1 no gradient flows into its memory.
     pull: see below; 0 turns it off.
 
@@ -139,10 +140,9 @@ class Interface:
     def predict(self, s):
         """δ^_k, with a graph for φ; h_g moves on by one border.
 
-        g is a recurrent network too, and its time is the count of borders. It always reads its memory. With
-        borders = 1 it runs once, on s_k, and is never taught what to store for later. With borders = n it
-        runs again over the last n borders, with today's φ, from the h_g before the first of them. So its
-        error also teaches what to store.
+        g always reads its memory. With borders = 1 it runs once, on s_k, and is never taught what to store
+        for later. With borders = n it runs again over the last n borders, with today's φ, from the h_g
+        before the first of them. So its error also teaches what to store.
         """
         self.past = [*self.past, (constants(s), self.memory)][-self.borders:]
         memory = self.past[0][1]                                        # h_g before the first of them
