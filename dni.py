@@ -68,6 +68,7 @@ from qrnn import QRNN, QRNNLayer
 # loss. Its size does not depend on B. The gradient of the mean is T B times smaller, perhaps below the
 # epsilon of g's Adam, 1e-8, and then Adam's steps shrink.
 
+
 class Interface:
     """All that a synthetic gradient adds to the training of a recurrent model, of any kind. In each chunk:
 
@@ -98,14 +99,18 @@ class Interface:
             raise ValueError(f"borders must be at least 1, got {borders}")
         self.g, self.alpha, self.borders, self.pull = g, alpha, borders, pull
         self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-4)
-        if not {p for group in self.optimizer.param_groups for p in group["params"]} <= set(g.parameters()):
-            raise ValueError("optimizer must hold parameters of g alone: learn() clears their gradients")
+        if not {p for group in self.optimizer.param_groups for p in group["params"]} <= set(
+            g.parameters()
+        ):
+            raise ValueError(
+                "optimizer must hold parameters of g alone: learn() clears their gradients"
+            )
         self.reset()
 
     def reset(self):
         """Begin another text: h_g is zero, and there is no prediction to learn from."""
         self.memory = self.pending = self.factor = None
-        self.past = []                                                # the last borders: [(s, h_g before it)]
+        self.past = []  # the last borders: [(s, h_g before it)]
 
     def credit(self, s, s_next, tokens_per_chunk, use_synthetic=True):
         """Ask g about s_k and s_{k+1}. Returns what to add to the loss: α / (T B) Σ δ^_{k+1} s_{k+1}.
@@ -124,16 +129,20 @@ class Interface:
         self.pending, self.factor = (predicted, s, tokens_per_chunk, use_synthetic), None
         if not use_synthetic:
             return self.watched(s_next[0].new_zeros((), requires_grad=True))
-        future = self.synthesize(s_next)                                # δ^_{k+1}
-        injected = self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
-        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]        # 0 within [-1, 1] (departure 23)
+        future = self.synthesize(s_next)  # δ^_{k+1}
+        injected = (
+            self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
+        )
+        excess = [F.softshrink(c.detach(), 1.0) for c in s_next]  # 0 within [-1, 1] (departure 23)
         pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
         return self.watched(injected + pull)
 
     def watched(self, term):
         """The term. Backward leaves its gradient in self.factor: what the loss was multiplied by."""
+
         def keep(gradient):
             self.factor = gradient
+
         term.register_hook(keep)
         return term
 
@@ -144,8 +153,8 @@ class Interface:
         for later. With borders = n it runs again over the last n borders, with today's φ, from the h_g
         before the first of them. So its error also teaches what to store.
         """
-        self.past = [*self.past, (constants(s), self.memory)][-self.borders:]
-        memory = self.past[0][1]                                        # h_g before the first of them
+        self.past = [*self.past, (constants(s), self.memory)][-self.borders :]
+        memory = self.past[0][1]  # h_g before the first of them
         for seen, _ in self.past:
             predicted, memory = self.g(seen, memory)
         self.memory = tuple(m.detach() for m in memory) if memory else None
@@ -163,34 +172,53 @@ class Interface:
         RuntimeError where credit or backward was not called.
         """
         if self.pending is None:
-            raise RuntimeError("nothing to learn from: call credit() and then backward() before learn()")
+            raise RuntimeError(
+                "nothing to learn from: call credit() and then backward() before learn()"
+            )
         predicted, s, tokens_per_chunk, synthetic = self.pending
-        if predicted is not None and any(c.grad is None for c in s) or synthetic and self.factor is None:
-            raise RuntimeError("no gradient yet: call backward() on loss + credit(...) before learn()")
+        if (
+            predicted is not None
+            and any(c.grad is None for c in s)
+            or synthetic
+            and self.factor is None
+        ):
+            raise RuntimeError(
+                "no gradient yet: call backward() on loss + credit(...) before learn()"
+            )
         self.pending = None
         if predicted is None:
             return None
         unit = tokens_per_chunk / (1.0 if self.factor is None else self.factor)
-        target = [unit * c.grad for c in s]                             # target_k
+        target = [unit * c.grad for c in s]  # target_k
         return regress(self.optimizer, predicted, target)
 
     def check(self, s, s_next, use_synthetic):
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
         if self.pending is not None:
-            raise RuntimeError("credit() was called twice: call backward() and learn() after it, or reset()")
-        if any(torch.is_tensor(x) or any(not torch.is_tensor(c) or c.dim() != 2 for c in x)
-               for x in (s_next, [] if s is None else s)):
-            raise ValueError("s, s_next: lists of (B, H): a GRU's list(h_n), a QRNN's [c for c, _ in state]")
+            raise RuntimeError(
+                "credit() was called twice: call backward() and learn() after it, or reset()"
+            )
+        if any(
+            torch.is_tensor(x) or any(not torch.is_tensor(c) or c.dim() != 2 for c in x)
+            for x in (s_next, [] if s is None else s)
+        ):
+            raise ValueError(
+                "s, s_next: lists of (B, H): a GRU's list(h_n), a QRNN's [c for c, _ in state]"
+            )
         if s and not all(c.is_leaf and c.requires_grad for c in s):
             raise ValueError("s must be leaves: begin the chunk with c.detach().requires_grad_()")
         shapes = [[tuple(c.shape) for c in x or ()] for x in (s, s_next)]
         if s and shapes[0] != shapes[1]:
             raise ValueError(f"s and s_next must have the same shapes, got {shapes}")
         if use_synthetic and not all(c.requires_grad for c in s_next):
-            raise ValueError("s_next has no graph: call credit() before detaching it, not under no_grad")
+            raise ValueError(
+                "s_next has no graph: call credit() before detaching it, not under no_grad"
+            )
         neurons = sum(c.numel() for c in s_next)
         if self.memory and len(self.memory[0]) != neurons:
-            raise ValueError(f"h_g has {len(self.memory[0])} neurons, s_next {neurons}: call reset() first")
+            raise ValueError(
+                f"h_g has {len(self.memory[0])} neurons, s_next {neurons}: call reset() first"
+            )
 
 
 def regress(optimizer, predicted, target):
@@ -214,10 +242,11 @@ def constants(s):
 
 def flatten(tensors):
     """A list of tensors as one vector of all their N numbers, one layer after the other."""
-    return torch.cat([t.flatten() for t in tensors])                    # (N,)
+    return torch.cat([t.flatten() for t in tensors])  # (N,)
 
 
 # ------------------------------------------------------------------------------------------ the networks g
+
 
 class NeuronDNI(nn.Module):
     """The neuron-wise interface: one small network g for all neurons, scalar in, scalar out (section 2.2).
@@ -233,9 +262,13 @@ class NeuronDNI(nn.Module):
 
     def __init__(self, hidden_size=50):
         super().__init__()
-        self.encode = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
+        self.encode = nn.Sequential(
+            nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size)
+        )
         self.rnn = QRNNLayer(hidden_size, hidden_size)
-        self.decode = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
+        self.decode = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1)
+        )
         begin_at_zero(self.decode[-1])
 
     def forward(self, s, memory=None):
@@ -244,11 +277,11 @@ class NeuronDNI(nn.Module):
 
         Returns the synthetic gradients, a list of the same shapes, and the memory after this border.
         """
-        kind = self.rnn.weight.dtype                                    # it may be another than the model's
-        c = torch.cat(s, 1).flatten()[:, None].to(kind)                 # (N, 1), one stream after the other
-        x = self.encode(c).to(kind)[None]                               # (1, N, 50): one step a border
+        kind = self.rnn.weight.dtype  # it may be another than the model's
+        c = torch.cat(s, 1).flatten()[:, None].to(kind)  # (N, 1), one stream after the other
+        x = self.encode(c).to(kind)[None]  # (1, N, 50): one step a border
         h, memory = self.rnn(x, memory)
-        predicted = self.decode(h[0]).to(s[0].dtype)                    # (N, 1)
+        predicted = self.decode(h[0]).to(s[0].dtype)  # (N, 1)
         return list(predicted.view(s[0].shape[0], -1).split([c.shape[1] for c in s], 1)), memory
 
 
@@ -266,10 +299,18 @@ class LayerDNI(nn.Module):
         super().__init__()
         if isinstance(sizes, int):
             raise ValueError(f"sizes: a list, one a layer, please: [{sizes}]")
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(h, hidden_size), nn.ReLU(),
-                                                nn.Linear(hidden_size, hidden_size), nn.ReLU(),
-                                                nn.Linear(hidden_size, h)) if hidden_size else
-                                  nn.Sequential(nn.Linear(h, h)) for h in sizes)
+        self.mlps = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(h, hidden_size),
+                nn.ReLU(),
+                nn.Linear(hidden_size, hidden_size),
+                nn.ReLU(),
+                nn.Linear(hidden_size, h),
+            )
+            if hidden_size
+            else nn.Sequential(nn.Linear(h, h))
+            for h in sizes
+        )
         for mlp in self.mlps:
             begin_at_zero(mlp[-1])
 
@@ -302,6 +343,7 @@ def begin_at_zero(linear):
 # of δ is zero given s, but need not be given s and the words that led to it. ds/dθ depends on these words
 # too. So the mean of the product need not be zero.
 
+
 def agreement(g, states, losses, tokens_per_chunk):
     """Cosine and R² of g's predictions with the TRUE gradients, on a text that was read in one graph.
 
@@ -312,7 +354,9 @@ def agreement(g, states, losses, tokens_per_chunk):
     they hold its own predictions.) Returns two floats. The graph is used up.
     """
     if len(losses) != len(states) + 1:
-        raise ValueError(f"{len(states)} borders, so {len(states) + 1} losses are needed, got {len(losses)}")
+        raise ValueError(
+            f"{len(states)} borders, so {len(states) + 1} losses are needed, got {len(losses)}"
+        )
     guesses, memory, leaves = [], None, [c for s in states for c in s]
     with torch.no_grad():
         for s in states:
@@ -320,23 +364,28 @@ def agreement(g, states, losses, tokens_per_chunk):
             guesses += predicted
     truths = torch.autograd.grad(sum(losses), leaves, allow_unused=True) if leaves else ()
     if any(d is None for d in truths):
-        raise ValueError("states must be what the next chunk read: for a GRU torch.stack(s), s = list(h_n)")
+        raise ValueError(
+            "states must be what the next chunk read: for a GRU torch.stack(s), s = list(h_n)"
+        )
     return compare(guesses, [tokens_per_chunk * d for d in truths])
 
 
 def compare(predicted, truth):
     """Cosine and R², floats, of two lists of tensors of the same shapes; nan if empty.
 
-        cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated, nan if p = 0
-        R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 as good as predicting zero; below 0 worse
+    cosine = sum p t / sqrt(sum p² sum t²)      direction alone: 1 parallel, 0 unrelated, nan if p = 0
+    R²     = 1 - sum (p - t)² / sum t²          1 equal; 0 as good as predicting zero; below 0 worse
     """
-    if not predicted:                                                   # no border
+    if not predicted:  # no border
         return float("nan"), float("nan")
     p, t = flatten(predicted).detach().double(), flatten(truth).double()
-    return ((p @ t) / (p.norm() * t.norm())).item(), (1 - (p - t).square().sum() / t.square().sum()).item()
+    return ((p @ t) / (p.norm() * t.norm())).item(), (
+        1 - (p - t).square().sum() / t.square().sum()
+    ).item()
 
 
 # ------------------------------------------------------------------------------------------------ see it work
+
 
 def two_chunks():
     """The gradient of one weight w over two chunks of T = 2: whole, truncated, mended with the true δ."""
@@ -353,21 +402,24 @@ def two_chunks():
 
     def gradient(of, by):
         return torch.autograd.grad(of, by, retain_graph=True)
-    s_1, first = read(0.0, x[:2], y[:2])                                # s_1: the state at the border
+
+    s_1, first = read(0.0, x[:2], y[:2])  # s_1: the state at the border
     _, second = read(s_1, x[2:], y[2:])
-    whole, = gradient(first + second, w)
-    s = s_1.detach().requires_grad_()                                   # cut off from its past
+    (whole,) = gradient(first + second, w)
+    s = s_1.detach().requires_grad_()  # cut off from its past
     _, second = read(s, x[2:], y[2:])
     of_second, delta = gradient(second, (w, s))
-    of_first, = gradient(first, w)
-    mended, = gradient(first + delta * s_1, w)                          # Eq. 1, with δ in the place of δ^
-    of_state, = gradient(s_1, w)
-    print(f"One neuron c_t = c_(t-1) / 2 + w x_t, two chunks of T = 2. The gradient of w:\n"
-          f"  by BPTT through both chunks            {whole:+.4f}\n"
-          f"  truncated at the border                {of_first + of_second:+.4f}\n"
-          f"  δ, the gradient of the border's state  {delta:+.4f}   (and ds/dw = {of_state:+.4f})\n"
-          f"  truncated + δ ds/dw (Eq. 1)            {mended + of_second:+.4f}\n"
-          "Only chunk 2 can know δ. A DNI predicts it when chunk 1 ends.\n")
+    (of_first,) = gradient(first, w)
+    (mended,) = gradient(first + delta * s_1, w)  # Eq. 1, with δ in the place of δ^
+    (of_state,) = gradient(s_1, w)
+    print(
+        f"One neuron c_t = c_(t-1) / 2 + w x_t, two chunks of T = 2. The gradient of w:\n"
+        f"  by BPTT through both chunks            {whole:+.4f}\n"
+        f"  truncated at the border                {of_first + of_second:+.4f}\n"
+        f"  δ, the gradient of the border's state  {delta:+.4f}   (and ds/dw = {of_state:+.4f})\n"
+        f"  truncated + δ ds/dw (Eq. 1)            {mended + of_second:+.4f}\n"
+        "Only chunk 2 can know δ. A DNI predicts it when chunk 1 ends.\n"
+    )
 
 
 def train_recall(text, make_g, updates=1000, T=10, H=64):
@@ -378,9 +430,9 @@ def train_recall(text, make_g, updates=1000, T=10, H=64):
     """
     torch.manual_seed(0)
     dni = Interface(make_g()) if make_g else None
-    torch.manual_seed(0)                                                # the same model for all
+    torch.manual_seed(0)  # the same model for all
     embed, rnn, decode = nn.Embedding(13, H), QRNN(H, H), nn.Linear(H, 13)
-    nn.init.constant_(rnn.layers[0].bias[H:2 * H].data, 2.0)            # forget little
+    nn.init.constant_(rnn.layers[0].bias[H : 2 * H].data, 2.0)  # forget little
     model = nn.ModuleList([embed, rnn, decode])
     optimizer, state, right = torch.optim.Adam(model.parameters(), 3e-3), None, []
     for x, y in zip(*(part.split(T) for part in text)):
@@ -397,7 +449,7 @@ def train_recall(text, make_g, updates=1000, T=10, H=64):
         optimizer.step()
         state = [(c.detach().requires_grad_(), x_prev)]
         right.append((logits.argmax(-1) == y)[y != -100])
-    quarters = [right[end - 50:end] for end in range(updates // 4, updates + 1, updates // 4)]
+    quarters = [right[end - 50 : end] for end in range(updates // 4, updates + 1, updates // 4)]
     return [torch.cat(quarter).float().mean().item() for quarter in quarters]
 
 
@@ -415,16 +467,26 @@ def agreement_after(borders, gradient):
 
 
 if __name__ == "__main__":
-    from data import episodes                                      # a symbol, 9 fillers, a query, the symbol
+    from data import episodes  # a symbol, 9 fillers, a query, the symbol
 
     two_chunks()
-    print("Recall a symbol that was shown one chunk before. The share of right answers (chance: 0.25) after\n"
-          "  updates             250   500   750  1000")
+    print(
+        "Recall a symbol that was shown one chunk before. The share of right answers (chance: 0.25) after\n"
+        "  updates             250   500   750  1000"
+    )
     text = episodes(delay=9, steps=10_000, batch_size=24, answers_only=True)
     for name, make_g in (("truncated BPTT", None), ("layer-wise DNI", lambda: LayerDNI([64]))):
-        print(f"  {name:17}", "  ".join(f"{share:.2f}" for share in train_recall(text, make_g)), flush=True)
+        print(
+            f"  {name:17}",
+            "  ".join(f"{share:.2f}" for share in train_recall(text, make_g)),
+            flush=True,
+        )
     print("Truncated BPTT is above chance: a trace of the symbol is left in the state.")
-    print("\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is")
-    for name, gradient in (("sin(3 c)", lambda c: torch.sin(3 * c)),
-                           ("a coin toss", lambda c: torch.randn_like(c).sign())):
+    print(
+        "\nWhat can a neuron-wise g learn? After 200 borders, where the gradient of a neuron c is"
+    )
+    for name, gradient in (
+        ("sin(3 c)", lambda c: torch.sin(3 * c)),
+        ("a coin toss", lambda c: torch.randn_like(c).sign()),
+    ):
         print("  {:12} cosine {:+.2f}, R² {:+.2f}".format(name, *agreement_after(200, gradient)))

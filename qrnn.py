@@ -42,9 +42,9 @@ def pool_loop(f, z, c0):
     """
     c, states = c0, []
     for f_t, z_t in zip(f, z):
-        c = f_t * c + (1 - f_t) * z_t                                   # (B, H)
+        c = f_t * c + (1 - f_t) * z_t  # (B, H)
         states.append(c)
-    return torch.stack(states)                                          # (T, B, H)
+    return torch.stack(states)  # (T, B, H)
 
 
 class Pool(torch.autograd.Function):
@@ -68,12 +68,14 @@ class Pool(torch.autograd.Function):
     def forward(ctx, f, z, c0):
         c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
-        return c[1:], c[-1].clone()                                     # c_T apart, to receive G_next
+        return c[1:], c[-1].clone()  # c_T apart, to receive G_next
 
     @staticmethod
     def backward(ctx, G, G_next):
         if torch.is_grad_enabled():
-            raise RuntimeError("pool has no second derivative (create_graph=True): use pool_loop instead")
+            raise RuntimeError(
+                "pool has no second derivative (create_graph=True): use pool_loop instead"
+            )
         return pool_gradients(G, G_next, *ctx.saved_tensors)
 
 
@@ -83,7 +85,7 @@ def pool_states(f, z, c0):
     c[0] = c0
     c_t = c.unbind()
     for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
-        torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])                    # f c + (1 - f) z
+        torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])  # f c + (1 - f) z
     return c
 
 
@@ -93,7 +95,7 @@ def pool_gradients(G, G_next, f, z, c):
     torch.add(G[-1], G_next, out=r[-1])
     G_t, f_t, r_t = G.unbind(), f.unbind(), r.unbind()
     for t in range(r.shape[0] - 2, -1, -1):
-        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])       # r_t = G_t + f_{t+1} r_{t+1}
+        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])  # r_t = G_t + f_{t+1} r_{t+1}
     return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]
 
 
@@ -101,7 +103,7 @@ def pool(f, z, c0):
     """`pool_loop`'s c_1 .. c_T and, apart, c_T (B, H). RuntimeError for second derivatives and torch.func."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("pool is not for torch.func (vmap, grad, ..): use pool_loop instead")
-    if f.shape[0] == 1:                                                 # no loop to save
+    if f.shape[0] == 1:  # no loop to save
         c = f * c0 + (1 - f) * z
         return c, c[0].clone()
     return Pool.apply(f, z, c0)
@@ -130,8 +132,10 @@ class QRNNLayer(nn.Module):
         check_probabilities(weight_dropout=weight_dropout, zoneout=zoneout)
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
         self.zoneout, self.weight_dropout = zoneout, weight_dropout
-        linear = nn.Linear(window * input_size, 3 * hidden_size)        # for PyTorch's own initial weights
-        self.weight, self.bias = linear.weight, linear.bias             # (3H, window I), (3H,)
+        linear = nn.Linear(
+            window * input_size, 3 * hidden_size
+        )  # for PyTorch's own initial weights
+        self.weight, self.bias = linear.weight, linear.bias  # (3H, window I), (3H,)
 
     def extra_repr(self):
         return f"{self.input_size}, {self.hidden_size}, window={self.window}"
@@ -147,16 +151,18 @@ class QRNNLayer(nn.Module):
         expected = (B, self.hidden_size), (self.window - 1, B, self.input_size)
         c0, x_prev = map(x.new_zeros, expected) if state is None else state
         if (c0.shape, x_prev.shape) != expected:
-            raise ValueError(f"c, x_prev: expected {expected}, got {tuple(c0.shape)}, {tuple(x_prev.shape)}")
-        windows = x                                                     # (T, B, window I)
+            raise ValueError(
+                f"c, x_prev: expected {expected}, got {tuple(c0.shape)}, {tuple(x_prev.shape)}"
+            )
+        windows = x  # (T, B, window I)
         if self.window > 1:
-            inputs = torch.cat([x_prev, x])                             # (window - 1 + T, B, I)
-            windows = torch.cat([inputs[i:i + T] for i in range(self.window)], -1)
-            x_prev = inputs[T:]                                         # the last window - 1 of them
+            inputs = torch.cat([x_prev, x])  # (window - 1 + T, B, I)
+            windows = torch.cat([inputs[i : i + T] for i in range(self.window)], -1)
+            x_prev = inputs[T:]  # the last window - 1 of them
         weight = F.dropout(self.weight, self.weight_dropout, self.training)
-        gates = F.linear(windows, weight, self.bias)                    # (T, B, 3H)
+        gates = F.linear(windows, weight, self.bias)  # (T, B, 3H)
         # Under autocast the product comes back in a 16-bit type; gates and state stay in the type of x.
-        z, f, o = gates.to(x.dtype).chunk(3, -1)                        # (T, B, H) each
+        z, f, o = gates.to(x.dtype).chunk(3, -1)  # (T, B, H) each
         z, f, o = torch.tanh(z), torch.sigmoid(f), torch.sigmoid(o)
         if self.zoneout > 0:
             # Dropout makes some of 1 - f zero and divides the rest by 1 - zoneout. The factor undoes that.
@@ -188,8 +194,18 @@ class QRNN(nn.Module):
     zoneout, weight_dropout: as in QRNNLayer.
     """
 
-    def __init__(self, input_size, hidden_size, num_layers=1, *, batch_first=False, dropout=0.0, window=1,
-                 zoneout=0.0, weight_dropout=0.0):
+    def __init__(
+        self,
+        input_size,
+        hidden_size,
+        num_layers=1,
+        *,
+        batch_first=False,
+        dropout=0.0,
+        window=1,
+        zoneout=0.0,
+        weight_dropout=0.0,
+    ):
         super().__init__()
         sizes, windows = torch.as_tensor(hidden_size), torch.as_tensor(window)
         sizes = (sizes if sizes.dim() else sizes.expand(num_layers)).tolist()
@@ -198,8 +214,10 @@ class QRNN(nn.Module):
         if not sizes or len(windows) != len(sizes):
             raise ValueError(f"one size and one window a layer, please, not {sizes} and {windows}")
         self.batch_first, self.dropout = batch_first, dropout
-        self.layers = nn.ModuleList(QRNNLayer(i, h, w, zoneout, weight_dropout)
-                                    for i, h, w in zip([input_size] + sizes, sizes, windows))
+        self.layers = nn.ModuleList(
+            QRNNLayer(i, h, w, zoneout, weight_dropout)
+            for i, h, w in zip([input_size] + sizes, sizes, windows)
+        )
 
     def forward(self, x, state=None):
         """x: (T, B, I), or (B, T, I) with batch_first.
@@ -207,13 +225,21 @@ class QRNN(nn.Module):
         Returns (output, state): the last layer's h for every step, and the state to hand to the next call.
         """
         if not torch.is_tensor(x):
-            raise TypeError(f"x is a {type(x).__name__}: pad it on the right, which changes no real output")
-        if self.batch_first and (x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.layers[0].input_size):
-            raise ValueError(f"x: expected (B, T >= 1, {self.layers[0].input_size}), got {tuple(x.shape)}")
+            raise TypeError(
+                f"x is a {type(x).__name__}: pad it on the right, which changes no real output"
+            )
+        if self.batch_first and (
+            x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.layers[0].input_size
+        ):
+            raise ValueError(
+                f"x: expected (B, T >= 1, {self.layers[0].input_size}), got {tuple(x.shape)}"
+            )
         h = x.transpose(0, 1) if self.batch_first else x
         old_state = [None] * len(self.layers) if state is None else state
         if len(old_state) != len(self.layers):
-            raise ValueError(f"state: expected {len(self.layers)} pairs, one a layer, got {len(old_state)}")
+            raise ValueError(
+                f"state: expected {len(self.layers)} pairs, one a layer, got {len(old_state)}"
+            )
         new_state = []
         for i, (layer, pair) in enumerate(zip(self.layers, old_state)):
             if i > 0:
@@ -236,20 +262,40 @@ class LanguageModel(nn.Module):
     activation, temporal: weights of the two penalties in `forward`; AWD's.
     """
 
-    def __init__(self, vocabulary_size, embedding_size=400, hidden_size=1550, num_layers=4, *, window=2,
-                 dropout_embedding=0.0, dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0,
-                 dropout_weight=0.0, activation=2.0, temporal=1.0):
+    def __init__(
+        self,
+        vocabulary_size,
+        embedding_size=400,
+        hidden_size=1550,
+        num_layers=4,
+        *,
+        window=2,
+        dropout_embedding=0.0,
+        dropout_input=0.0,
+        dropout_hidden=0.0,
+        dropout_output=0.0,
+        dropout_weight=0.0,
+        activation=2.0,
+        temporal=1.0,
+    ):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-        check_probabilities(dropout_embedding=dropout_embedding, dropout_input=dropout_input,
-                            dropout_output=dropout_output)
+        check_probabilities(
+            dropout_embedding=dropout_embedding,
+            dropout_input=dropout_input,
+            dropout_output=dropout_output,
+        )
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)              # AWD, section 5
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)  # AWD, section 5
         self.decoder_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.rnn = QRNN(embedding_size, [hidden_size] * (num_layers - 1) + [embedding_size],
-                        window=[window] + [1] * (num_layers - 1), dropout=dropout_hidden,
-                        weight_dropout=dropout_weight)
+        self.rnn = QRNN(
+            embedding_size,
+            [hidden_size] * (num_layers - 1) + [embedding_size],
+            window=[window] + [1] * (num_layers - 1),
+            dropout=dropout_hidden,
+            weight_dropout=dropout_weight,
+        )
         self.dropout_embedding, self.dropout_input = dropout_embedding, dropout_input
         self.dropout_output, self.activation, self.temporal = dropout_output, activation, temporal
 
@@ -278,9 +324,11 @@ class LanguageModel(nn.Module):
 
     def read(self, tokens, state):
         """Returns the logits, the stack's output (T, B, E) after and before dropout, and the state."""
-        x = self.embedding(tokens)                                      # (T, B, E)
-        if self.training and self.dropout_embedding > 0:                # a word is dropped wherever it occurs
-            word_mask = F.dropout(x.new_ones(self.embedding.num_embeddings, 1), self.dropout_embedding)
+        x = self.embedding(tokens)  # (T, B, E)
+        if self.training and self.dropout_embedding > 0:  # a word is dropped wherever it occurs
+            word_mask = F.dropout(
+                x.new_ones(self.embedding.num_embeddings, 1), self.dropout_embedding
+            )
             x = x * word_mask[tokens]
         h, state = self.rnn(locked_dropout(x, self.dropout_input, self.training), state)
         dropped = locked_dropout(h, self.dropout_output, self.training)
@@ -292,19 +340,34 @@ class LanguageModel(nn.Module):
 #
 # torch.compile would unroll the two loops of the pooling, for every T anew. As operations they are left
 # whole. Names of operations are global, so a copy of this file takes a free one.
-NAME = next(n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool"))
-pool_states = torch.library.custom_op(f"{NAME}::pool", pool_states, mutates_args=(),
-                                      schema="(Tensor f, Tensor z, Tensor c0) -> Tensor")
+NAME = next(
+    n for n in map("qrnn{}".format, itertools.count()) if not hasattr(getattr(torch.ops, n), "pool")
+)
+pool_states = torch.library.custom_op(
+    f"{NAME}::pool",
+    pool_states,
+    mutates_args=(),
+    schema="(Tensor f, Tensor z, Tensor c0) -> Tensor",
+)
 pool_states.register_fake(lambda f, z, c0: z.new_empty(z.shape[0] + 1, *c0.shape))
-pool_gradients = torch.library.custom_op(f"{NAME}::pool_backward", pool_gradients, mutates_args=(), schema=(
-    "(Tensor G, Tensor G_next, Tensor f, Tensor z, Tensor c) -> (Tensor, Tensor, Tensor)"))
-pool_gradients.register_fake(lambda G, G_next, f, z, c: (
-    f.new_empty(f.shape), z.new_empty(z.shape), G_next.new_empty(G_next.shape)))
+pool_gradients = torch.library.custom_op(
+    f"{NAME}::pool_backward",
+    pool_gradients,
+    mutates_args=(),
+    schema=("(Tensor G, Tensor G_next, Tensor f, Tensor z, Tensor c) -> (Tensor, Tensor, Tensor)"),
+)
+pool_gradients.register_fake(
+    lambda G, G_next, f, z, c: (
+        f.new_empty(f.shape),
+        z.new_empty(z.shape),
+        G_next.new_empty(G_next.shape),
+    )
+)
 
 # On a GPU each step of the loops would be a launch. This program takes BLOCK columns (stream, neuron) through
 # all T steps, and reads every number once. num_stages: how far loads go ahead.
 try:
-    import triton                                                       # comes with torch for GPUs
+    import triton  # comes with torch for GPUs
     import triton.language as tl
 except ImportError:
     triton = None
@@ -329,7 +392,7 @@ if triton:
         # G, f, z, df and dz point to step T, c to c_{T-1}; all move down.
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = column < N
-        from_later = tl.load(G_next + column, inside)                   # f_{t+1} r_{t+1}; at T, G_next
+        from_later = tl.load(G_next + column, inside)  # f_{t+1} r_{t+1}; at T, G_next
         for _ in tl.range(T, num_stages=STAGES):
             f_t, z_t = tl.load(f + column, inside), tl.load(z + column, inside)
             c_before, G_t = tl.load(c + column, inside), tl.load(G + column, inside)
@@ -338,13 +401,13 @@ if triton:
             tl.store(dz + column, r_t * (1 - f_t), inside)
             from_later = f_t * r_t
             G, f, z, c, df, dz = G - N, f - N, z - N, c - N, df - N, dz - N
-        tl.store(dc0 + column, from_later, inside)                      # f_1 r_1
+        tl.store(dc0 + column, from_later, inside)  # f_1 r_1
 
     @pool_states.register_kernel("cuda")
     def states_on_gpu(f, z, c0):
         f, z, c0 = f.contiguous(), z.contiguous(), c0.contiguous()
         T, N, c = f.shape[0], c0.numel(), z.new_empty(z.shape[0] + 1, *c0.shape)
-        with torch.cuda.device_of(z):                                   # not always the current one
+        with torch.cuda.device_of(z):  # not always the current one
             pool_forward_kernel[triton.cdiv(N, BLOCK.value),](f, z, c0, c, T, N, num_warps=2)
         return c
 
@@ -361,9 +424,13 @@ if triton:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    leaves = [x.requires_grad_() for x in (torch.rand(6, 2, 3), torch.randn(6, 2, 3), torch.randn(2, 3))]
+    leaves = [
+        x.requires_grad_() for x in (torch.rand(6, 2, 3), torch.randn(6, 2, 3), torch.randn(2, 3))
+    ]
     by_autograd = torch.autograd.grad(pool_loop(*leaves).square().sum(), leaves)
     by_hand = torch.autograd.grad(pool(*leaves)[0].square().sum(), leaves)
     for name, a, b in zip(("f", "z", "c_0"), by_autograd, by_hand):
-        print(f"dL/d{name:<4} autograd {a.flatten()[0]:+.6f}   by hand {b.flatten()[0]:+.6f}   "
-              f"largest difference {(a - b).abs().max():.1e}")
+        print(
+            f"dL/d{name:<4} autograd {a.flatten()[0]:+.6f}   by hand {b.flatten()[0]:+.6f}   "
+            f"largest difference {(a - b).abs().max():.1e}"
+        )

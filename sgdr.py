@@ -35,9 +35,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Run(NamedTuple):
-    index: int       # i
-    elapsed: float   # E_cur, epochs
-    length: float    # E_i, epochs
+    index: int  # i
+    elapsed: float  # E_cur, epochs
+    length: float  # E_i, epochs
 
 
 def run_at(epoch, base=1, mult=2, restarts=()):
@@ -54,10 +54,12 @@ def run_at(epoch, base=1, mult=2, restarts=()):
     restarts = list(restarts)
     lengths = [later - earlier for earlier, later in zip((0, *restarts), restarts)]
     if not 0 <= epoch < math.inf or base <= 0 or mult < 1 or any(length <= 0 for length in lengths):
-        raise ValueError("epoch >= 0, base > 0, mult >= 1 and restarts that rise from above 0 are needed, "
-                         f"got {epoch}, {base}, {mult}, {tuple(restarts)}")
+        raise ValueError(
+            "epoch >= 0, base > 0, mult >= 1 and restarts that rise from above 0 are needed, "
+            f"got {epoch}, {base}, {mult}, {tuple(restarts)}"
+        )
     start, length = 0, lengths[0] if restarts else base
-    for i in itertools.count():                                         # leave run 0 behind, then run 1, ...
+    for i in itertools.count():  # leave run 0 behind, then run 1, ...
         end = start + length
         if epoch < end and not math.isclose(epoch, end, rel_tol=1e-12):
             return Run(i, max(epoch - start, 0), length)
@@ -79,7 +81,9 @@ class SGDR(LRScheduler):
     optimiser's state_dict and SGDR's. The alternation of gradients reads `run.index`.
     """
 
-    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1):
+    def __init__(
+        self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1
+    ):
         self.base, self.mult, self.restarts = base, mult, list(restarts)
         self.eta_min, self.eta_max = eta_min, eta_max
         super().__init__(optimizer, last_epoch)
@@ -108,10 +112,12 @@ class SGDR(LRScheduler):
         rates = self.rates_at(run_at(epoch, self.base, self.mult, self.restarts))
         groups = self.optimizer.param_groups
         if len(rates) != len(groups):
-            raise ValueError(f"the optimiser has {len(groups)} groups, and SGDR was made for {len(rates)}")
-        self.last_epoch, self._last_lr = epoch, rates                   # now that nothing can be refused
+            raise ValueError(
+                f"the optimiser has {len(groups)} groups, and SGDR was made for {len(rates)}"
+            )
+        self.last_epoch, self._last_lr = epoch, rates  # now that nothing can be refused
         for group, rate in zip(groups, rates):
-            if torch.is_tensor(group["lr"]):                            # a captured CUDA graph reads it
+            if torch.is_tensor(group["lr"]):  # a captured CUDA graph reads it
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -123,12 +129,16 @@ def per_run(bound, i):
 
 
 if __name__ == "__main__":
-    print("E_base = 5: run i lasts 5 * 2^i epochs. A warm restart raises the rate and keeps the weights.\n"
-          "Rate from 1e-3 to 0, one line an epoch; the gradients are those of --mode alternating:")
+    print(
+        "E_base = 5: run i lasts 5 * 2^i epochs. A warm restart raises the rate and keeps the weights.\n"
+        "Rate from 1e-3 to 0, one line an epoch; the gradients are those of --mode alternating:"
+    )
     schedule = SGDR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), base=5)
     for epoch in range(36):
         schedule.step(epoch)
         (i, elapsed, length), [eta] = schedule.run, schedule.get_last_lr()
         gradient = "synthetic" if i % 2 else "real"
-        print(f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  "
-              + "#" * round(eta * 5e4))
+        print(
+            f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  "
+            + "#" * round(eta * 5e4)
+        )

@@ -53,9 +53,13 @@ from qrnn import QRNN, LanguageModel, QRNNLayer, pool, pool_loop
 from sgdr import SGDR, run_at
 
 HERE = Path(__file__).resolve().parent
-recall, report, reproduce, study = map(importlib.import_module, ("recall", "report", "reproduce", "study"))
+recall, report, reproduce, study = map(
+    importlib.import_module, ("recall", "report", "reproduce", "study")
+)
 SLOW = pytest.mark.slow
-COMPILER = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+COMPILER = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler"
+)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 DOUBLE = dict(dtype=torch.float64)
@@ -93,6 +97,7 @@ def settings(mode="bptt", **changes):
 # the step before, and asks for the derivative in these alone, and in s_k. The older weights acted on the
 # chunks before, and nobody asks for the derivative in them: that is truncation.
 
+
 def plain_qrnn(x, c, x_prev, W, b):
     """One QRNN layer (QRNN, section 2). x: a list of T inputs (B, I); c: (B, H); x_prev: the inputs before.
 
@@ -100,11 +105,11 @@ def plain_qrnn(x, c, x_prev, W, b):
     """
     inputs, h = x_prev + x, []
     for t in range(len(x)):
-        window = torch.cat(inputs[t:t + len(x_prev) + 1], 1)            # x_t and the len(x_prev) before it
-        z, f, o = (window @ W.T + b).chunk(3, 1)                        # (B, H) each
+        window = torch.cat(inputs[t : t + len(x_prev) + 1], 1)  # x_t and the len(x_prev) before it
+        z, f, o = (window @ W.T + b).chunk(3, 1)  # (B, H) each
         c = f.sigmoid() * c + (1 - f.sigmoid()) * z.tanh()
         h.append(o.sigmoid() * c)
-    return h, c, inputs[len(x):]
+    return h, c, inputs[len(x) :]
 
 
 def plain_model(theta, inputs, targets, s_k, x_prev, layers):
@@ -113,15 +118,17 @@ def plain_model(theta, inputs, targets, s_k, x_prev, layers):
     Returns the nll, the loss that is minimised, s_{k+1}, and the x_prev of each layer for the next chunk.
     """
     h, cs, next_x_prev = [theta["embedding.weight"][words] for words in inputs], [], []
-    weights = [(theta[f"rnn.layers.{i}.weight"], theta[f"rnn.layers.{i}.bias"]) for i in range(layers)]
-    sizes = [inputs.shape[1] * len(b) // 3 for _, b in weights]         # B H of each layer
+    weights = [
+        (theta[f"rnn.layers.{i}.weight"], theta[f"rnn.layers.{i}.bias"]) for i in range(layers)
+    ]
+    sizes = [inputs.shape[1] * len(b) // 3 for _, b in weights]  # B H of each layer
     for c, before, (W, b) in zip(s_k.split(sizes), x_prev, weights):
         h, c, after = plain_qrnn(h, c.view(inputs.shape[1], -1), before, W, b)
         cs, next_x_prev = [*cs, c.flatten()], [*next_x_prev, after]
-    h = torch.stack(h)                                                  # (T, B, E)
+    h = torch.stack(h)  # (T, B, E)
     log_p = (h @ theta["embedding.weight"].T + theta["decoder_bias"]).log_softmax(-1)
     nll = -log_p.gather(-1, targets[..., None]).mean()
-    loss = nll + 2 * (h ** 2).mean()                                    # AWD's penalties
+    loss = nll + 2 * (h**2).mean()  # AWD's penalties
     if len(h) > 1:
         loss = loss + ((h[1:] - h[:-1]) ** 2).mean()
     return nll, loss, torch.cat(cs), next_x_prev
@@ -129,9 +136,11 @@ def plain_model(theta, inputs, targets, s_k, x_prev, layers):
 
 def plain_g(phi, c, memory):
     """g of N neurons, c (N,): 1 -> MLP -> QRNN over the borders -> MLP -> 1. Returns delta^ (N,) and h_g."""
+
     def linear(x, name):
         return x @ phi[f"{name}.weight"].T + phi[f"{name}.bias"]
-    x = linear(linear(c[:, None], "encode.0").relu(), "encode.2")       # (N, 50)
+
+    x = linear(linear(c[:, None], "encode.0").relu(), "encode.2")  # (N, 50)
     [h], memory, _ = plain_qrnn([x], memory, [], phi["rnn.weight"], phi["rnn.bias"])
     return linear(linear(h, "decode.0").relu(), "decode.2")[:, 0], memory
 
@@ -145,8 +154,8 @@ def plain_adam(weights, gradients, moments, rate, l2):
     for (name, w), d in zip(weights.items(), gradients):
         t, m, v = moments.get(name, (0, 0.0, 0.0))
         d = d + l2 * w.detach()
-        t, m, v = moments[name] = t + 1, 0.9 * m + 0.1 * d, 0.999 * v + 0.001 * d ** 2
-        new[name] = w.detach() - rate * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8)
+        t, m, v = moments[name] = t + 1, 0.9 * m + 0.1 * d, 0.999 * v + 0.001 * d**2
+        new[name] = w.detach() - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
     return {name: w.requires_grad_() for name, w in new.items()}
 
 
@@ -157,10 +166,10 @@ def plain_schedule(s, epoch):
     """
     if s.mode in ("bptt", "dni"):
         return s.lr, 0, s.mode == "dni" and epoch >= s.dni_warmup
-    starts = [0, *s.restarts] if s.restarts else [s.e_base * (2 ** i - 1) for i in range(9)]
+    starts = [0, *s.restarts] if s.restarts else [s.e_base * (2**i - 1) for i in range(9)]
     i = max(i for i, start in enumerate(starts) if start <= epoch)
     high, low = (bound[min(i, len(bound) - 1)] for bound in (s.eta_max or (s.lr,), s.eta_min))
-    elapsed = (epoch - starts[i]) / (starts[i + 1] - starts[i])         # E_cur / E_i
+    elapsed = (epoch - starts[i]) / (starts[i + 1] - starts[i])  # E_cur / E_i
     rate = low + (high - low) / 2 * (1 + math.cos(math.pi * elapsed))
     if s.mode == "alternating":
         return rate, i, i % 2 == 1
@@ -187,14 +196,24 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
 
     Returns theta, phi, [(nll, rate, run, synthetic, gradient norm)] of all chunks, [mean nll] of all epochs.
     """
-    (length, B), theta_moments, phi_moments, last_run, chunks, summary = inputs.shape, {}, {}, 0, [], []
-    N = B * (s.hidden_size * (s.num_layers - 1) + s.embedding_size)     # neurons of all streams
+    (length, B), theta_moments, phi_moments, last_run, chunks, summary = (
+        inputs.shape,
+        {},
+        {},
+        0,
+        [],
+        [],
+    )
+    N = B * (s.hidden_size * (s.num_layers - 1) + s.embedding_size)  # neurons of all streams
 
     def zeros(*shape):
         return torch.zeros(*shape, **DOUBLE, requires_grad=True)
+
     for epoch in range(epochs):
-        s_k, memory = zeros(N), zeros(N, 50)                            # memory: h_g
-        x_prev = [[zeros(B, s.embedding_size)]] + [[]] * (s.num_layers - 1)      # a window of 2, then of 1
+        s_k, memory = zeros(N), zeros(N, 50)  # memory: h_g
+        x_prev = [[zeros(B, s.embedding_size)]] + [[]] * (
+            s.num_layers - 1
+        )  # a window of 2, then of 1
         total, past = 0.0, []
         for start, stop in plain_chunks(length, s, epoch):
             T, (rate, run, synthetic) = stop - start, plain_schedule(s, epoch + start / length)
@@ -203,22 +222,25 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
             last_run, chunk = run, slice(start, stop)
 
             # 1. Forward: chunk k, from s_k to s_{k+1}.
-            nll, loss, s_next, x_prev = plain_model(theta, inputs[chunk], targets[chunk], s_k, x_prev,
-                                                    s.num_layers)
+            nll, loss, s_next, x_prev = plain_model(
+                theta, inputs[chunk], targets[chunk], s_k, x_prev, s.num_layers
+            )
 
             # 2. g predicts the gradient of s_k, to be corrected in 4, and that of s_{k+1}, which stands for
             #    the future after this chunk. Nothing is predicted for s_0. The last chunk has no future.
             #    past: the last borders, by default this one alone. g is run over all of them with its newest
             #    weights, so that its error also teaches what to store in its memory.
             if phi and start > 0:
-                past = [*past, (s_k, memory)][-s.dni_borders:]
+                past = [*past, (s_k, memory)][-s.dni_borders :]
                 memory = past[0][1]
                 for state, _ in past:
                     guess, memory = plain_g(phi, state, memory)
                 # The guess of the last of them, s_k, is delta^_k.
             future = torch.zeros(N, **DOUBLE)
             if synthetic and stop < length:
-                future = s.dni_alpha * plain_g(phi, s_next, memory)[0].detach()          # alpha delta^_{k+1}
+                future = (
+                    s.dni_alpha * plain_g(phi, s_next, memory)[0].detach()
+                )  # alpha delta^_{k+1}
 
             # 3. One sum, two derivatives. T B loss is the loss summed over the chunk. The product
             #    future . s_{k+1} is there because its derivative in s_{k+1} is `future`. The derivative of
@@ -247,19 +269,41 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
     return theta, phi, chunks, summary
 
 
-WHOLE = dict(embedding_size=4, hidden_size=5, chunk=12, jitter=True, clip=0.2, l2=1e-2, lr=0.02, dni_lr=5e-3,
-             dropout_output=0.0, dropout_hidden=0.0, dropout_input=0.0)
+WHOLE = dict(
+    embedding_size=4,
+    hidden_size=5,
+    chunk=12,
+    jitter=True,
+    clip=0.2,
+    l2=1e-2,
+    lr=0.02,
+    dni_lr=5e-3,
+    dropout_output=0.0,
+    dropout_hidden=0.0,
+    dropout_input=0.0,
+)
 BOUNDS = dict(e_base=0.4, eta_max=(0.02, 0.03, 0.01), eta_min=(0.004, 0.0))
 
 
-@pytest.mark.parametrize("changes", [
-    dict(mode="bptt"),
-    dict(mode="dni", dni_warmup=0.6, dni_alpha=0.7),
-    dict(mode="restart", restarts=(0.25, 1.5, 2.5, 4.0), eta_max=(0.02, 0.03)),
-    dict(mode="restart", gradient="synthetic", reset_optimizer=True, dni_warmup=0.3, dni_borders=3, **BOUNDS),
-    dict(mode="alternating", reset_optimizer=True, **BOUNDS),
-    dict(mode="alternating", jitter=False, num_layers=3, **BOUNDS)],
-    ids=["bptt", "dni", "restart", "restart-synthetic", "alternating", "alternating-3-layers"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(mode="bptt"),
+        dict(mode="dni", dni_warmup=0.6, dni_alpha=0.7),
+        dict(mode="restart", restarts=(0.25, 1.5, 2.5, 4.0), eta_max=(0.02, 0.03)),
+        dict(
+            mode="restart",
+            gradient="synthetic",
+            reset_optimizer=True,
+            dni_warmup=0.3,
+            dni_borders=3,
+            **BOUNDS,
+        ),
+        dict(mode="alternating", reset_optimizer=True, **BOUNDS),
+        dict(mode="alternating", jitter=False, num_layers=3, **BOUNDS),
+    ],
+    ids=["bptt", "dni", "restart", "restart-synthetic", "alternating", "alternating-3-layers"],
+)
 def test_training_is_the_plain_program(changes, monkeypatch):
     """Three epochs of train_epoch are three epochs of the program above, to 1e-10.
 
@@ -271,16 +315,22 @@ def test_training_is_the_plain_program(changes, monkeypatch):
     networks = [model.double()] + ([lively(dni.g.double(), 0.1)] if dni else [])
     schedule, seen, step = train.make_schedule(settings, optimizer), [], train.train_step
     inputs, targets = torch.randint(11, (2, 100, 3))
-    first = [{name: w.clone().requires_grad_() for name, w in net.state_dict().items()} for net in networks]
+    first = [
+        {name: w.clone().requires_grad_() for name, w in net.state_dict().items()}
+        for net in networks
+    ]
     theta, phi = first if dni else (*first, {})
     *last, chunks, epochs = plain_training(theta, phi, inputs, targets, settings, 3)
     norms = [norm for *_, norm in chunks]
-    assert min(norms) < settings.clip < max(norms)                      # clipping bites, at times
+    assert min(norms) < settings.clip < max(norms)  # clipping bites, at times
 
     def recorded(model, optimizer, dni, x, y, state, use_synthetic, *rest):
         nll, state = step(model, optimizer, dni, x, y, state, use_synthetic, *rest)
-        seen.append((nll.item(), optimizer.param_groups[0]["lr"], schedule.run.index, use_synthetic))
+        seen.append(
+            (nll.item(), optimizer.param_groups[0]["lr"], schedule.run.index, use_synthetic)
+        )
         return nll, state
+
     monkeypatch.setattr(train, "train_step", recorded)
     for epoch, nll in enumerate(epochs):
         row = train.train_epoch(model, optimizer, schedule, dni, (inputs, targets), epoch, settings)
@@ -291,23 +341,35 @@ def test_training_is_the_plain_program(changes, monkeypatch):
         assert row["gradient"] == ("synthetic" if plain_schedule(settings, begin)[2] else "real")
     assert len(seen) == len(chunks)
     for (nll, rate, *rest), (plain_nll, plain_rate, *plain_rest, _) in zip(seen, chunks):
-        assert (nll, rate) == pytest.approx((plain_nll, plain_rate), abs=1e-10) and rest == plain_rest
+        assert (nll, rate) == pytest.approx(
+            (plain_nll, plain_rate), abs=1e-10
+        ) and rest == plain_rest
     for net, weights in zip(networks, last):
-        close(net.state_dict(), {name: w.detach() for name, w in weights.items()}, atol=1e-10, rtol=0)
+        close(
+            net.state_dict(), {name: w.detach() for name, w in weights.items()}, atol=1e-10, rtol=0
+        )
 
 
 # ------------------------------------------------------------------------------------ 1. pooling and the QRNN
 
+
 def gates(T=7, B=3, H=4):
     """Leaves f in (0, 1), z in (-1, 1) and c_0."""
-    return [x.requires_grad_() for x in (torch.rand(T, B, H, **DOUBLE), randn(T, B, H).tanh(), randn(B, H))]
+    return [
+        x.requires_grad_()
+        for x in (torch.rand(T, B, H, **DOUBLE), randn(T, B, H).tanh(), randn(B, H))
+    ]
 
 
 def pool_closed_form(f, z, c0):
     """c_t = (prod_{i<=t} f_i) c_0 + sum_{j<=t} (prod_{j<i<=t} f_i) (1 - f_j) z_j, without a recurrence."""
     parts = [c0, *((1 - f) * z)]
-    return torch.stack([sum(f[j:t].prod(0) * part for j, part in enumerate(parts[:t + 1]))
-                        for t in range(1, len(f) + 1)])
+    return torch.stack(
+        [
+            sum(f[j:t].prod(0) * part for j, part in enumerate(parts[: t + 1]))
+            for t in range(1, len(f) + 1)
+        ]
+    )
 
 
 def another_qrnn(old="", new=""):
@@ -319,8 +381,11 @@ def another_qrnn(old="", new=""):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5),
-                                              (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)],
+    ids=str,
+)
 @pytest.mark.parametrize("T", [1, 2, 7])
 def test_pooling_loop_is_closed_form_is_explicit_function(T, dtype, tolerance, device):
     """The three forms agree: c_1 .. c_T, c_T apart, and the gradients of f, z and c_0 through both."""
@@ -334,17 +399,17 @@ def test_pooling_loop_is_closed_form_is_explicit_function(T, dtype, tolerance, d
     found = [c, c_T.detach().clone(), *grad([c, c_T], leaves, [G, G_next], retain_graph=True)]
     assert all(x.dtype == dtype for x in found)
     close([x.double().cpu() for x in found], expected, atol=tolerance, rtol=tolerance)
-    c_T.detach().fill_(100.0)                                           # a tensor of its own
+    c_T.detach().fill_(100.0)  # a tensor of its own
     again, _ = pool(*leaves)
     close([c, *grad(c, leaves, G)], [again, *grad(again, leaves, G)])
 
 
 def test_the_gpus_pooling_without_a_gpu(monkeypatch):
     """The GPU's kernels, run by Triton's interpreter on CPU tensors, equal `pool_loop` and its gradients."""
-    pytest.importorskip("triton", "3.7")                                # that of 3.6 fails with numpy 2.4
+    pytest.importorskip("triton", "3.7")  # that of 3.6 fails with numpy 2.4
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     copy = another_qrnn()
-    copy.pool_states.register_kernel("cpu", copy.states_on_gpu)         # in place of the loops
+    copy.pool_states.register_kernel("cpu", copy.states_on_gpu)  # in place of the loops
     copy.pool_gradients.register_kernel("cpu", copy.gradients_on_gpu)
     # Sizes are odd, or above the BLOCK of columns.
     for T, B, H, strided in (1, 3, 5, False), (2, 1, 1, False), (7, 3, 43, False), (6, 5, 27, True):
@@ -356,17 +421,25 @@ def test_the_gpus_pooling_without_a_gpu(monkeypatch):
         for dtype, tolerance in (torch.float64, 1e-12), (torch.float32, 1e-5):
             *leaves, G, G_next = (x.detach().to(dtype).requires_grad_() for x in arguments)
             c, c_T = copy.Pool.apply(*leaves)
-            close([c, c_T, *grad([c, c_T], leaves, [G, G_next])], [x.to(dtype) for x in expected],
-                  atol=tolerance, rtol=0)
+            close(
+                [c, c_T, *grad([c, c_T], leaves, [G, G_next])],
+                [x.to(dtype) for x in expected],
+                atol=tolerance,
+                rtol=0,
+            )
 
 
 def test_derivatives_of_the_pooling_by_finite_differences():
     """The hand-written backward agrees with them. A second derivative is refused, and `pool_loop` has it."""
+
     def strided(f, z, c0):
         return pool(f.transpose(0, 1), z.transpose(0, 1), c0.t())[0][::2]
+
     assert torch.autograd.gradcheck(pool, gates(5, 2, 3))
     assert torch.autograd.gradcheck(strided, (*gates(2, 5, 3)[:2], gates(5, 3, 2)[2]))
-    assert torch.autograd.gradcheck(lambda *a: pool(*a)[0].sum(), gates(5, 2, 3))      # an expanded scalar
+    assert torch.autograd.gradcheck(
+        lambda *a: pool(*a)[0].sum(), gates(5, 2, 3)
+    )  # an expanded scalar
     leaves = gates(4, 2, 3)
     for leaf, outer in itertools.product(leaves, (False, True)):
         G = torch.ones((), requires_grad=outer, **DOUBLE)
@@ -375,12 +448,12 @@ def test_derivatives_of_the_pooling_by_finite_differences():
     with pytest.raises(RuntimeError, match="torch.func.*use pool_loop"):
         torch.func.vmap(pool)(*(x.detach()[None] for x in leaves))
     assert torch.autograd.gradgradcheck(pool_loop, leaves)
-    assert torch.autograd.gradgradcheck(pool, gates(1, 2, 3))           # T = 1 has no backward of its own
+    assert torch.autograd.gradgradcheck(pool, gates(1, 2, 3))  # T = 1 has no backward of its own
 
 
 def test_two_copies_of_the_file_live_in_one_process():
     """A copy of qrnn.py, changed as people do, computes what its own text says, and the first what it did."""
-    twin = another_qrnn("r[0] * f[0]\n", "3 * r[0] * f[0]\n")           # dL/dc_0, three times as large
+    twin = another_qrnn("r[0] * f[0]\n", "3 * r[0] * f[0]\n")  # dL/dc_0, three times as large
     for module, factor in ((twin, 3), (qrnn_module, 1), (another_qrnn(), 1), (twin, 3)):
         leaves = gates()
         f, z, c0 = grad(pool_loop(*leaves).square().sum(), leaves)
@@ -391,7 +464,9 @@ def test_two_copies_of_the_file_live_in_one_process():
 def test_streaming(window):
     """A sequence cut anywhere, with the state carried, equals one pass, in pieces below the window too."""
     qrnn, x = QRNN(3, 4, 2, window=window).double(), randn(7, 2, 3)
-    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, 7), n) for n in (1, 2, 6)):
+    for cuts in itertools.chain.from_iterable(
+        itertools.combinations(range(1, 7), n) for n in (1, 2, 6)
+    ):
         state, pieces = None, []
         for start, stop in itertools.pairwise((0, *cuts, 7)):
             piece, state = qrnn(x[start:stop], state)
@@ -409,7 +484,7 @@ def test_qrnn_is_called_like_an_lstm():
         output, state = qrnn(x)
         assert output.shape == qrnn(x, state)[0].shape == lstm(x)[0].shape
         assert [c.shape for c in c_of(state)] == [c.shape for c in lstm(x)[1][1]]
-        for state in (state, lstm(x)[1]):                               # cut off from its past, in one line
+        for state in (state, lstm(x)[1]):  # cut off from its past, in one line
             cut = torch.utils._pytree.tree_map(torch.Tensor.detach, state)
             assert not any(c.requires_grad for c in torch.utils._pytree.tree_leaves(cut))
         outputs.append(qrnn.eval()(x.transpose(0, 1) if batch_first else x)[0])
@@ -417,36 +492,57 @@ def test_qrnn_is_called_like_an_lstm():
 
     qrnn = QRNN(5, 4, 2, window=2)
     (c, x_prev), second = qrnn(x)[1]
-    for words, call in ((r"\(T >= 1, B, 5\).*\(7, 3, 6\)", lambda: qrnn(torch.randn(7, 3, 6))),
-                        (r"T >= 1.*\(0, 3, 5\)", lambda: qrnn(x[:0])),
-                        (r"\(3, 4\).*\(1, 3, 5\).*\(1, 4\)", lambda: qrnn(x, [(c[:1], x_prev), second])),
-                        (r"\(3, 4\).*\(1, 3, 5\).*\(0, 3, 5\)", lambda: qrnn(x, [(c, x_prev[:0]), second])),
-                        ("2 pairs, one a layer, got 1", lambda: QRNN(5, 4, 2)(x, [(c, x_prev[:0])])),
-                        (r"\(B, T >= 1, 5\), got \(7, 3, 6\)",
-                         lambda: QRNN(5, 4, batch_first=True)(torch.randn(7, 3, 6))),
-                        ("PackedSequence: pad",
-                         lambda: qrnn(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 6, 5])))),
-                        (r"\(7, 3\).*\(6, 3\)", lambda: LanguageModel(9, 4, 4, 1)(tokens, tokens[1:])),
-                        (r"\(7, 3\).*\(3, 7\)", lambda: LanguageModel(9, 4, 4, 1)(tokens, tokens.t()))):
+    for words, call in (
+        (r"\(T >= 1, B, 5\).*\(7, 3, 6\)", lambda: qrnn(torch.randn(7, 3, 6))),
+        (r"T >= 1.*\(0, 3, 5\)", lambda: qrnn(x[:0])),
+        (r"\(3, 4\).*\(1, 3, 5\).*\(1, 4\)", lambda: qrnn(x, [(c[:1], x_prev), second])),
+        (r"\(3, 4\).*\(1, 3, 5\).*\(0, 3, 5\)", lambda: qrnn(x, [(c, x_prev[:0]), second])),
+        ("2 pairs, one a layer, got 1", lambda: QRNN(5, 4, 2)(x, [(c, x_prev[:0])])),
+        (
+            r"\(B, T >= 1, 5\), got \(7, 3, 6\)",
+            lambda: QRNN(5, 4, batch_first=True)(torch.randn(7, 3, 6)),
+        ),
+        (
+            "PackedSequence: pad",
+            lambda: qrnn(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 6, 5]))),
+        ),
+        (r"\(7, 3\).*\(6, 3\)", lambda: LanguageModel(9, 4, 4, 1)(tokens, tokens[1:])),
+        (r"\(7, 3\).*\(3, 7\)", lambda: LanguageModel(9, 4, 4, 1)(tokens, tokens.t())),
+    ):
         with pytest.raises((ValueError, TypeError), match=words):
             call()
-    padded = torch.cat([x, torch.full((2, 3, 5), math.nan)])            # what comes later has no say
+    padded = torch.cat([x, torch.full((2, 3, 5), math.nan)])  # what comes later has no say
     assert torch.equal(QRNN.forward(qrnn.eval(), padded)[0][:7], qrnn(x)[0])
 
 
-@pytest.mark.parametrize("make", [
-    lambda: QRNN(5, 0), lambda: QRNN(5, 4, window=0), lambda: QRNN(5, [4, 4], window=[1]),
-    lambda: QRNN(5, []), lambda: QRNN(5, 4, num_layers=0), lambda: QRNN(5, 4, dropout=1.0),
-    lambda: QRNN(5, 4, weight_dropout=1.0),
-    lambda: QRNN(5, 4, zoneout=2.0), lambda: QRNN(5, 4, zoneout=-0.1), lambda: QRNN(5, 4, dropout=math.nan),
-    lambda: LanguageModel(9, 4, 4, num_layers=0), lambda: LanguageModel(9, 4, 4, dropout_input=1.0),
-    lambda: LanguageModel(9, 4, 4, dropout_hidden=-1.0), lambda: LanguageModel(9, 4, 4, dropout_output=1.0),
-    lambda: LanguageModel(9, 4, 4, dropout_embedding=1.0), lambda: LanguageModel(9, 4, 4, dropout_weight=1.0),
-    lambda: Interface(NeuronDNI(), borders=0), lambda: LayerDNI(8),
-    lambda: Interface(NeuronDNI(), torch.optim.Adam(nn.Linear(2, 2).parameters())),
-    lambda: LayerDNI([4, 3])([torch.ones(2, 4)]), lambda: LayerDNI([4])([torch.ones(2, 3)]),
-    lambda: SGDR(optimizer_with(1.0), base=0),
-    lambda: SGDR(optimizer_with(1.0), mult=0.5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: QRNN(5, 0),
+        lambda: QRNN(5, 4, window=0),
+        lambda: QRNN(5, [4, 4], window=[1]),
+        lambda: QRNN(5, []),
+        lambda: QRNN(5, 4, num_layers=0),
+        lambda: QRNN(5, 4, dropout=1.0),
+        lambda: QRNN(5, 4, weight_dropout=1.0),
+        lambda: QRNN(5, 4, zoneout=2.0),
+        lambda: QRNN(5, 4, zoneout=-0.1),
+        lambda: QRNN(5, 4, dropout=math.nan),
+        lambda: LanguageModel(9, 4, 4, num_layers=0),
+        lambda: LanguageModel(9, 4, 4, dropout_input=1.0),
+        lambda: LanguageModel(9, 4, 4, dropout_hidden=-1.0),
+        lambda: LanguageModel(9, 4, 4, dropout_output=1.0),
+        lambda: LanguageModel(9, 4, 4, dropout_embedding=1.0),
+        lambda: LanguageModel(9, 4, 4, dropout_weight=1.0),
+        lambda: Interface(NeuronDNI(), borders=0),
+        lambda: LayerDNI(8),
+        lambda: Interface(NeuronDNI(), torch.optim.Adam(nn.Linear(2, 2).parameters())),
+        lambda: LayerDNI([4, 3])([torch.ones(2, 4)]),
+        lambda: LayerDNI([4])([torch.ones(2, 3)]),
+        lambda: SGDR(optimizer_with(1.0), base=0),
+        lambda: SGDR(optimizer_with(1.0), mult=0.5),
+    ],
+)
 def test_a_module_refuses_what_the_command_line_does(make):
     with pytest.raises(ValueError):
         make()
@@ -454,14 +550,26 @@ def test_a_module_refuses_what_the_command_line_does(make):
 
 def test_numbers_may_be_numpys_or_torchs():
     """Sizes, windows, rates, bounds and restarts: what is made is the same."""
-    sizes = [[layer.hidden_size for layer in QRNN(5, size, num_layers, window=window).layers]
-             for size, num_layers, window in ((4, 2, 1), (np.int64(4), np.int64(2), torch.tensor(1)),
-                                              (np.array([4, 4]), 1, torch.tensor([1, 1])))]
+    sizes = [
+        [layer.hidden_size for layer in QRNN(5, size, num_layers, window=window).layers]
+        for size, num_layers, window in (
+            (4, 2, 1),
+            (np.int64(4), np.int64(2), torch.tensor(1)),
+            (np.array([4, 4]), 1, torch.tensor([1, 1])),
+        )
+    ]
     assert sizes == [[4, 4]] * 3 and "4, window=1" in repr(QRNN(5, 4))
-    bounds = (([1.0, 0.5], 0.25, [2, 4]), (np.array([1.0, 0.5]), np.float32(0.25), np.array([2, 4])),
-              (torch.tensor([1.0, 0.5]), torch.tensor(0.25), (2, 4)))
-    rates = [rates_of(SGDR(optimizer_with(1.0), 2, eta_max=high, eta_min=low, restarts=restarts), (0, 1, 3))
-             for high, low, restarts in bounds]
+    bounds = (
+        ([1.0, 0.5], 0.25, [2, 4]),
+        (np.array([1.0, 0.5]), np.float32(0.25), np.array([2, 4])),
+        (torch.tensor([1.0, 0.5]), torch.tensor(0.25), (2, 4)),
+    )
+    rates = [
+        rates_of(
+            SGDR(optimizer_with(1.0), 2, eta_max=high, eta_min=low, restarts=restarts), (0, 1, 3)
+        )
+        for high, low, restarts in bounds
+    ]
     assert rates[0] == rates[1] == rates[2]
 
 
@@ -473,9 +581,9 @@ def test_initial_weights():
     close(layer.state_dict(), nn.Linear(12, 15).state_dict(), atol=0, rtol=0)
     model = LanguageModel(500, 40, 6, 2)
     weight = model.embedding.weight.detach()
-    assert 0.0999 < weight.abs().max() <= 0.1 and abs(weight.std() - 0.2 / 12 ** 0.5) < 1e-3
+    assert 0.0999 < weight.abs().max() <= 0.1 and abs(weight.std() - 0.2 / 12**0.5) < 1e-3
     assert not model.decoder_bias.any()
-    assert sum(p.shape == (500, 40) for p in model.parameters()) == 1   # tied
+    assert sum(p.shape == (500, 40) for p in model.parameters()) == 1  # tied
 
 
 def test_zoneout_keeps_the_old_value():
@@ -485,10 +593,10 @@ def test_zoneout_keeps_the_old_value():
     z, f, o = F.linear(x, layer.weight, layer.bias).chunk(3, -1)
     z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
     c = torch.cat([c0[None], layer(x, (c0, x[:0]))[0] / o])
-    kept = (c[1:] - c[:-1]).abs() < 1e-12                               # (T, B, H)
+    kept = (c[1:] - c[:-1]).abs() < 1e-12  # (T, B, H)
     close(c[1:], torch.where(kept, c[:-1], f * c[:-1] + (1 - f) * z))
     assert abs(kept.double().mean() - p) < 0.02
-    for dim, n in ((0, 6), (1, 8)):                                     # means of n draws; locked: n = 1
+    for dim, n in ((0, 6), (1, 8)):  # means of n draws; locked: n = 1
         assert abs(kept.double().mean(dim).std() - (p * (1 - p) / n) ** 0.5) < 0.02
     f = p + (1 - p) * f
     close(layer.eval()(x[:1], (c0, x[:0]))[1][0], (f * c0 + (1 - f) * z)[0])
@@ -505,8 +613,11 @@ def test_bf16_products_stay_near_float32(device):
         with torch.autocast(device, product, product != torch.float32):
             nll, _, state = model(tokens[:-1], tokens[1:])
             logits, _ = model.logits(tokens[:-1])
-            answers = [d for g in (NeuronDNI(), LayerDNI([64, 32]), LayerDNI([64, 32], 0))
-                       for d in lively(g).to(device)(c_of(state))[0]]
+            answers = [
+                d
+                for g in (NeuronDNI(), LayerDNI([64, 32]), LayerDNI([64, 32], 0))
+                for d in lively(g).to(device)(c_of(state))[0]
+            ]
         assert {x.dtype for x in (nll, logits, *answers, *c_of(state))} == {torch.float32}
         exact = F.cross_entropy(logits.double().flatten(0, 1), tokens[1:].flatten())
         assert nll.item() == pytest.approx(exact.item(), rel=1e-6)
@@ -519,7 +630,9 @@ def test_bf16_products_stay_near_float32(device):
 def four_steps(compiled, device, product):
     """Losses, gradients and states of four chunks, the last of another length; then the weights of g."""
     torch.manual_seed(5)
-    s = settings("dni", embedding_size=24, hidden_size=40, dropout_embedding=0.1, dropout_weight=0.3)
+    s = settings(
+        "dni", embedding_size=24, hidden_size=40, dropout_embedding=0.1, dropout_weight=0.3
+    )
     model, optimizer, dni = train.build(s, 60, device)
     for layer in model.rnn.layers:
         layer.zoneout = 0.1
@@ -532,7 +645,9 @@ def four_steps(compiled, device, product):
         torch.manual_seed(len(found))
         # Forms with and without a state, an h_g and a graph: all were met by the third chunk.
         with torch.compiler.set_stance("default" if len(x) == 20 else "fail_on_recompile"):
-            nll, state = train.train_step(model, optimizer, dni, x, y, state, True, s.clip, autocast)
+            nll, state = train.train_step(
+                model, optimizer, dni, x, y, state, True, s.clip, autocast
+            )
         found += [nll, *(p.grad for p in model.parameters()), *c_of(state)]
     return found + [p.detach() for p in dni.g.parameters()]
 
@@ -546,7 +661,7 @@ def test_compiled_is_plain(product, device):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    with torch._inductor.config.patch(fallback_random=True):            # torch's own random numbers
+    with torch._inductor.config.patch(fallback_random=True):  # torch's own random numbers
         compiled = four_steps(True, device, product)
     assert counters["stats"]["unique_graphs"] >= 6 and not counters["graph_break"], counters
     for a, b in zip(compiled, four_steps(False, device, product), strict=True):
@@ -561,7 +676,10 @@ class Launches(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        views = [r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns]
+        views = [
+            r.alias_info is not None and not r.alias_info.is_write
+            for r in operation._schema.returns
+        ]
         if not any(views) and not re.search("empty|profiler|unsafe_view", str(operation)):
             self.names.append(operation.__name__)
         return operation(*args, **kwargs or {})
@@ -586,7 +704,7 @@ def steps_of_the_papers_model(mode, watch, compiled=False):
 def test_a_step_of_the_papers_model_asks_a_gpu_for_little(mode, most):
     """At most so many kernels for any T, and no question that the CPU would have to wait for."""
     names = [launches.names for launches in steps_of_the_papers_model(mode, Launches)]
-    assert most / 2 < len(names[4]) == len(names[5]) <= most            # (in the first steps Adam begins)
+    assert most / 2 < len(names[4]) == len(names[5]) <= most  # (in the first steps Adam begins)
     assert not any({"_local_scalar_dense.default", "nonzero.default"} & set(its) for its in names)
 
 
@@ -595,12 +713,16 @@ def test_a_step_of_the_papers_model_asks_a_gpu_for_little(mode, most):
 @pytest.mark.parametrize("mode, most", [("bptt", 220), ("dni", 350)])
 def test_a_compiled_step_asks_for_less(mode, most):
     """Counted in a CPU's profile: products, pooling, compiled kernels, and what the optimiser does."""
+
     def kernels(event):
-        if re.search("view|transpose|slice|select|expand|squeeze|stride|detach|::t$|empty|item", event.name):
+        if re.search(
+            "view|transpose|slice|select|expand|squeeze|stride|detach|::t$|empty|item", event.name
+        ):
             return 0
         if re.search("mm$|pool|foreach|fused", event.name):
             return 1
         return sum(map(kernels, event.cpu_children)) or 1
+
     torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         profiles = steps_of_the_papers_model(mode, torch.profiler.profile, compiled=True)
@@ -610,8 +732,10 @@ def test_a_compiled_step_asks_for_less(mode, most):
 
 def test_without_a_compiler_the_plain_form_serves(monkeypatch, capsys):
     """Where torch.compile fails, one line says so, and the modules stay as they are."""
+
     def fails(*_):
         raise RuntimeError("no compiler\nhere")
+
     monkeypatch.setattr(torch, "compile", fails)
     monkeypatch.setattr(LanguageModel, "compile", None)
     train.compile_modules([LanguageModel(9, 4, 5, 2)])
@@ -621,12 +745,13 @@ def test_without_a_compiler_the_plain_form_serves(monkeypatch, capsys):
 
 # --------------------------------------------------------------------- 2. Eq. 1 and the bootstrapped target
 
+
 def tiny_model(windows=(1, 1)):
     """A float64 language model, small enough for whole Jacobians, and three chunks of T = 4, B = 2."""
     model = LanguageModel(11, 3, 5, 2).double()
     model.rnn = QRNN(3, [5, 3], window=list(windows)).double()
     tokens = torch.randint(11, (13, 2))
-    return model, [(tokens[i:i + 4], tokens[i + 1:i + 5]) for i in (0, 4, 8)]
+    return model, [(tokens[i : i + 4], tokens[i + 1 : i + 5]) for i in (0, 4, 8)]
 
 
 def one_graph(model, chunks):
@@ -650,21 +775,25 @@ def test_eq1_with_the_true_future_gradient_is_full_bptt():
     full = flatten(grad(sum(losses), parameters, retain_graph=True))
     T_B, future = chunks[0][0].numel(), []
     for k in range(2):
-        gradients = grad(sum(losses[k + 1:]), c_of(states[k]), retain_graph=True)
+        gradients = grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True)
         future.append([T_B * d for d in gradients])
     future.append([torch.zeros_like(c) for c in c_of(states[2])])
 
     def sum_over_chunks(use_synthetic):
         dni, state, total, truth = Interface(NeuronDNI().double()), None, 0.0, iter(future)
-        dni.synthesize = lambda s_next: next(truth)                     # whatever the state
+        dni.synthesize = lambda s_next: next(truth)  # whatever the state
         for inputs, targets in chunks:
             frozen = torch.optim.SGD(parameters, 0.0)
-            _, state = train.train_step(model, frozen, dni, inputs, targets, state, use_synthetic, math.inf)
+            _, state = train.train_step(
+                model, frozen, dni, inputs, targets, state, use_synthetic, math.inf
+            )
             total = total + flatten([p.grad for p in parameters])
         return total
 
     close(sum_over_chunks(use_synthetic=True), full)
-    assert (sum_over_chunks(use_synthetic=False) - full).norm() > 1e-3 * full.norm()      # truncation's cost
+    assert (
+        sum_over_chunks(use_synthetic=False) - full
+    ).norm() > 1e-3 * full.norm()  # truncation's cost
     # With a window of 2 the inputs cross a border, too. Nothing is synthesised for them.
     _, states = one_graph(*tiny_model(windows=(2, 1)))
     (c, x_prev), *_ = train.detach_state(states[0])
@@ -697,19 +826,21 @@ def test_bootstrapped_target(alpha, monkeypatch):
 
     def second_state(*cs):
         return flatten(c_of(model(*chunks[1], [(c, x) for c, (_, x) in zip(cs, first)])[2]))
+
     rows = torch.autograd.functional.jacobian(second_state, tuple(c_of(first)))
-    jacobian = torch.cat([r.flatten(1) for r in rows], 1)               # dh_2T / dh_T, (N, N)
+    jacobian = torch.cat([r.flatten(1) for r in rows], 1)  # dh_2T / dh_T, (N, N)
     with torch.no_grad():
-        guess, memory = g(c_of(first))                                  # delta^_T
-        answer, _ = g(c_of(second), memory)                             # delta^_2T
+        guess, memory = g(c_of(first))  # delta^_T
+        answer, _ = g(c_of(second), memory)  # delta^_2T
     right = flatten(true_part) * T_B + jacobian.T @ (alpha * flatten(answer))
-    [(predicted, target)] = learned                       # one border: the first chunk enters without a state
+    [(predicted, target)] = learned  # one border: the first chunk enters without a state
     guess = flatten(guess)
     close([left, flatten(target), flatten(predicted).detach()], [right, right, guess])
-    assert (jacobian.T @ flatten(answer)).norm() > 1e-3 * left.norm()   # g had a say in it
+    assert (jacobian.T @ flatten(answer)).norm() > 1e-3 * left.norm()  # g had a say in it
 
 
 # ------------------------------------------------------------------------------------------- 3. the interface
+
 
 class Reader(nn.Module):
     """A stranger's model: read(chunk, s) -> (s_next, loss). s: states (B, 6), a GRU's one, an LSTM's two."""
@@ -725,8 +856,11 @@ class Reader(nn.Module):
         return (list(states) if one else [c[0] for c in states]), loss
 
 
-@pytest.mark.parametrize("make_g", [lambda n: NeuronDNI(), lambda n: LayerDNI([6] * n),
-                                    lambda n: LayerDNI([6] * n, 0)], ids=["neuron", "layer", "linear"])
+@pytest.mark.parametrize(
+    "make_g",
+    [lambda n: NeuronDNI(), lambda n: LayerDNI([6] * n), lambda n: LayerDNI([6] * n, 0)],
+    ids=["neuron", "layer", "linear"],
+)
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
 def test_five_lines_add_a_synthetic_gradient_to_any_model(kind, make_g):
     """credit, backward and learn are Eq. 1, the bootstrapped target and g's regression, put together by hand.
@@ -737,10 +871,11 @@ def test_five_lines_add_a_synthetic_gradient_to_any_model(kind, make_g):
     read, g, phi_gradients, used = Reader(kind).double(), lively(make_g(n)).double(), [], None
     dni = Interface(g, torch.optim.SGD(g.parameters(), 0.01), alpha)
     dni.optimizer.register_step_pre_hook(
-        lambda *_: phi_gradients.append([p.grad.clone() for p in g.parameters()]))
+        lambda *_: phi_gradients.append([p.grad.clone() for p in g.parameters()])
+    )
     text, s_next, memory = torch.randint(7, (3 * T + 1, B)), [torch.zeros(B, 6, **DOUBLE)] * n, None
     for k in range(3):
-        chunk = text[k * T:(k + 1) * T + 1]
+        chunk = text[k * T : (k + 1) * T + 1]
         read.zero_grad()
         s = [c.detach().requires_grad_() for c in s_next]
         s_next, loss = read(chunk, s)
@@ -804,12 +939,14 @@ def test_a_scaled_loss_teaches_g_the_same(scale):
     close(*found)
     weights, _ = chunk_of(dni, s, math.inf)
     assert weights.isfinite().all()
-    s[0].data[0, 0] = math.nan                                          # of one neuron, before and after
+    s[0].data[0, 0] = math.nan  # of one neuron, before and after
     weights, _ = chunk_of(dni, s)
     assert weights.isfinite().all() and dni.memory[0].isfinite().all()
     for g in (NeuronDNI(), LayerDNI([3, 4])):
         for dtype in (torch.float64, torch.bfloat16):
-            _, s = chunk_of(Interface(g), [torch.randn(2, 3, dtype=dtype), torch.randn(2, 4, dtype=dtype)])
+            _, s = chunk_of(
+                Interface(g), [torch.randn(2, 3, dtype=dtype), torch.randn(2, 4, dtype=dtype)]
+            )
             assert s[0].dtype == dtype
 
 
@@ -833,15 +970,25 @@ def test_agreement_is_with_the_truth():
     for k in range(2):
         predicted, memory = g(c_of(states[k]), memory)
         guesses.append(flatten(predicted))
-        truths.append(8 * flatten(grad(sum(losses[k + 1:]), c_of(states[k]), retain_graph=True)))    # T B
+        truths.append(
+            8 * flatten(grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True))
+        )  # T B
     p, t = torch.cat(guesses), torch.cat(truths)
-    expected = [F.cosine_similarity(p, t, 0).item(), (1 - (p - t).square().sum() / t.square().sum()).item()]
+    expected = [
+        F.cosine_similarity(p, t, 0).item(),
+        (1 - (p - t).square().sum() / t.square().sum()).item(),
+    ]
     assert agreement(g, list(map(c_of, states[:2])), losses, 8) == pytest.approx(expected)
     assert all(map(math.isnan, agreement(g, [], losses[:1], 8)))
     with pytest.raises(ValueError, match="1 borders, so 2 losses are needed, got 3"):
         agreement(g, states[:1], losses, 8)
     with pytest.raises(ValueError, match="what the next chunk read"):
-        agreement(g, [[c + 0 for c in c_of(state)] for state in states[:2]], one_graph(model, chunks)[0], 8)
+        agreement(
+            g,
+            [[c + 0 for c in c_of(state)] for state in states[:2]],
+            one_graph(model, chunks)[0],
+            8,
+        )
 
 
 @SLOW
@@ -861,8 +1008,13 @@ def test_an_lstm_is_held_by_the_pull():
         for x, y in zip(inputs.split(T), targets.split(T)):
             right.append((model.logits(x, state)[0].argmax(-1) == y)[y != -100].double().mean())
             _, state = train.train_step(model, optimizer, dni, x, y, state, True, 1.0)
-        size, accuracy, losses, states = state[1][0].abs().mean(), torch.stack(right[-50:]).mean(), [], []
-        for x, y in zip(inputs[:4 * T].split(T), targets[:4 * T].split(T)):
+        size, accuracy, losses, states = (
+            state[1][0].abs().mean(),
+            torch.stack(right[-50:]).mean(),
+            [],
+            [],
+        )
+        for x, y in zip(inputs[: 4 * T].split(T), targets[: 4 * T].split(T)):
             nll, _, state = model(x, y, state)
             losses.append(nll)
             states.append(c_of(state))
@@ -875,7 +1027,10 @@ def test_an_lstm_is_held_by_the_pull():
 
 def test_wrong_calls_of_the_interface_say_what_to_do():
     """A call out of turn, or with a second state that would get no gradient, is refused."""
-    def chunk(dni, B=2, start=lambda c: c.requires_grad_(), end=lambda c: 2 * c, forget=False, **options):
+
+    def chunk(
+        dni, B=2, start=lambda c: c.requires_grad_(), end=lambda c: 2 * c, forget=False, **options
+    ):
         s = [torch.randn(B, 4).requires_grad_(), start(torch.randn(B, 3))]
         s_next = [2 * s[0], end(s[1])]
         credit = dni.credit(s, s_next, 10, **options)
@@ -887,64 +1042,99 @@ def test_wrong_calls_of_the_interface_say_what_to_do():
             step(dni)
         with pytest.raises(error, match=words):
             steps[-1](dni)
+
     refused(RuntimeError, r"call credit\(\) and then backward\(\)", Interface.learn)
     refused(RuntimeError, r"call backward\(\) on loss \+ credit", chunk, Interface.learn)
     refused(RuntimeError, r"twice: call backward\(\) and learn\(\)", chunk, chunk)
-    refused(ValueError, r"h_g has 14 neurons, s_next 28: call reset\(\)",
-            lambda dni: chunk(dni).backward(), Interface.learn, lambda dni: chunk(dni, B=4))
-    for words, options in ((r"leaves: .* c.detach\(\).requires_grad_\(\)", dict(start=lambda c: c)),
-                           ("leaves", dict(start=lambda c: 2 * c.requires_grad_())),
-                           ("before detaching it, not under no_grad", dict(end=lambda c: (2 * c).detach())),
-                           (r"got \[\[.*\(2, 3\)\], \[.*\(2, 2\)\]\]", dict(end=lambda c: c[:, :2])),
-                           (r"a QRNN.s \[c for c, _ in state\]", dict(end=lambda c: (2 * c, c))),
-                           (r"list\(h_n\)", dict(end=lambda c: 2 * c[None]))):
+    refused(
+        ValueError,
+        r"h_g has 14 neurons, s_next 28: call reset\(\)",
+        lambda dni: chunk(dni).backward(),
+        Interface.learn,
+        lambda dni: chunk(dni, B=4),
+    )
+    for words, options in (
+        (r"leaves: .* c.detach\(\).requires_grad_\(\)", dict(start=lambda c: c)),
+        ("leaves", dict(start=lambda c: 2 * c.requires_grad_())),
+        ("before detaching it, not under no_grad", dict(end=lambda c: (2 * c).detach())),
+        (r"got \[\[.*\(2, 3\)\], \[.*\(2, 2\)\]\]", dict(end=lambda c: c[:, :2])),
+        (r"a QRNN.s \[c for c, _ in state\]", dict(end=lambda c: (2 * c, c))),
+        (r"list\(h_n\)", dict(end=lambda c: 2 * c[None])),
+    ):
         refused(ValueError, words, lambda dni: chunk(dni, **options))
-    refused(ValueError, r"list\(h_n\)", lambda dni: dni.credit(torch.ones(1, 2, 3), torch.ones(1, 2, 3), 10))
-    refused(RuntimeError, r"call backward\(\) on loss \+ credit",
-            lambda dni: chunk(dni, forget=True).backward(), Interface.learn)
+    refused(
+        ValueError,
+        r"list\(h_n\)",
+        lambda dni: dni.credit(torch.ones(1, 2, 3), torch.ones(1, 2, 3), 10),
+    )
+    refused(
+        RuntimeError,
+        r"call backward\(\) on loss \+ credit",
+        lambda dni: chunk(dni, forget=True).backward(),
+        Interface.learn,
+    )
     dni = Interface(NeuronDNI())
     dni.credit(None, [torch.randn(2, 3).requires_grad_()], 10).backward()
     assert dni.learn() is None
     dni.reset()
-    assert chunk(dni, end=lambda c: (2 * c).detach(), use_synthetic=False).requires_grad and dni.memory
-    dni.reset()                                                         # forgets h_g and what is pending
+    assert (
+        chunk(dni, end=lambda c: (2 * c).detach(), use_synthetic=False).requires_grad and dni.memory
+    )
+    dni.reset()  # forgets h_g and what is pending
     assert chunk(dni, B=4).requires_grad
 
 
 # ------------------------------------------------------------------------------------ 4. trained but not used
 
+
 @pytest.mark.parametrize("kind", ["neuron", "layer", "linear"])
 def test_a_dni_trained_but_not_used_changes_nothing(kind):
     """While g only learns, every gradient of the model is BPTT's, bit for bit, dropout included; then not."""
+
     def gradients(mode, **changes):
         """Those of the model in four train_steps, each an "epoch"; Adam updates the weights."""
-        s = settings(mode, embedding_size=8, hidden_size=12, dropout_weight=0.1, dropout_embedding=0.1,
-                     dni_kind=kind, **changes)
+        s = settings(
+            mode,
+            embedding_size=8,
+            hidden_size=12,
+            dropout_weight=0.1,
+            dropout_embedding=0.1,
+            dni_kind=kind,
+            **changes,
+        )
         model, optimizer, dni = train.build(s, 30, "cpu")
-        torch.manual_seed(0)                                            # of the dropout masks
+        torch.manual_seed(0)  # of the dropout masks
         (inputs, targets), state, found = data.streams(torch.arange(401) % 29, 5), None, []
         for epoch, (x, y) in enumerate(zip(inputs.split(20), targets.split(20))):
             use_synthetic = train.gradient_source(s, 0, epoch) == "synthetic"
             _, state = train.train_step(model, optimizer, dni, x, y, state, use_synthetic, s.clip)
             found.append(flatten([p.grad for p in model.parameters()]))
         return found, dni and dni.g
+
     bptt, _ = gradients("bptt")
     unused, g = gradients("dni", dni_warmup=9.0)
     assert all(map(torch.equal, unused, bptt))
     last_layer = (g.decode if kind == "neuron" else g.mlps[0])[-1]
-    assert any(p.any() for p in last_layer.parameters())                # it has learned
-    for warmup in (0.0, 2.0):                       # a new g says 0; used at once, it changes the third step
+    assert any(p.any() for p in last_layer.parameters())  # it has learned
+    for warmup in (0.0, 2.0):  # a new g says 0; used at once, it changes the third step
         used, _ = gradients("dni", dni_warmup=warmup)
         assert list(map(torch.equal, used, bptt)) == [True, True, False, False]
 
 
 # ------------------------------------------------------------------------------- 5. what a state can tell
 
+
 def two_state_chain(stay):
     """{four words: their probability}. A hidden 0 or 1 stays from word to word with probability `stay`."""
-    def joint(words, hidden):                                           # a word is the hidden one, with 0.8
+
+    def joint(words, hidden):  # a word is the hidden one, with 0.8
         moves = (stay if a == b else 1 - stay for a, b in itertools.pairwise(hidden))
-        return 0.5 * math.prod(moves) * math.prod(0.8 if w == h else 0.2 for w, h in zip(words, hidden))
+        return (
+            0.5
+            * math.prod(moves)
+            * math.prod(0.8 if w == h else 0.2 for w, h in zip(words, hidden))
+        )
+
     strings = list(itertools.product((0, 1), repeat=4))
     return {words: sum(joint(words, hidden) for hidden in strings) for words in strings}
 
@@ -956,17 +1146,21 @@ def expected_gradients(text, model):
     4, the model predicts what its own chain says when word 1 is unknown. Returns the mean of dL/ds for each
     value of s, times its probability, and that of the gradient of θ, all of which crosses the border.
     """
-    def logit(known):                                                  # of a 1, after these words from word 2
-        zero, one = (sum(p for words, p in model.items() if words[1:2 + len(known)] == (*known, w))
-                     for w in (0, 1))
+
+    def logit(known):  # of a 1, after these words from word 2
+        zero, one = (
+            sum(p for words, p in model.items() if words[1 : 2 + len(known)] == (*known, w))
+            for w in (0, 1)
+        )
         return math.log(one / zero)
+
     theta = torch.zeros((), **DOUBLE, requires_grad=True)
     of_s, of_theta = [0.0, 0.0], 0.0
     for (w1, w2, *future), p in text.items():
         s, loss = 2 * w2 - 1 + theta * (2 * w1 - 1), 0.0
         for k, word in enumerate(future):
             low, high = logit((0, *future[:k])), logit((1, *future[:k]))
-            x = (low + high) / 2 + (high - low) / 2 * s                 # `low` at s = -1, `high` at s = 1
+            x = (low + high) / 2 + (high - low) / 2 * s  # `low` at s = -1, `high` at s = 1
             loss = loss - F.logsigmoid(x if word else -x)
         ds, dtheta = grad(loss, (s, theta))
         of_s[w2] += p * ds.item()
@@ -975,7 +1169,7 @@ def expected_gradients(text, model):
 
 
 def test_what_a_state_can_tell():
-    """"What can g know?" in dni.py, by counting all texts of four words. A calibrated model: the mean of
+    """ "What can g know?" in dni.py, by counting all texts of four words. A calibrated model: the mean of
     dL/ds given s is zero, so no g(s) beats zero, although truncation does lose a gradient. The same model on
     texts of another chain: the mean is not zero, so there is something to know.
     """
@@ -988,18 +1182,27 @@ def test_what_a_state_can_tell():
 
 # --------------------------------------------------------------- 6. the language model and its regularisation
 
+
 def test_perplexity_by_hand():
     """evaluate is minus the mean log-probability of a token, over all but a stream's first, and streams."""
-    everywhere = ("dropout_input", "dropout_hidden", "dropout_output", "dropout_embedding", "dropout_weight")
+    everywhere = (
+        "dropout_input",
+        "dropout_hidden",
+        "dropout_output",
+        "dropout_embedding",
+        "dropout_weight",
+    )
     model = LanguageModel(13, 4, 6, 2, **dict.fromkeys(everywhere, 0.5)).double()
     tokens, by_hand = torch.randint(13, (40,)), 0.0
-    for i in range(1, 40):                                  # a fresh pass over the whole past for each token
+    for i in range(1, 40):  # a fresh pass over the whole past for each token
         logits, _ = model.eval().logits(tokens[:i, None])
         by_hand -= logits[-1, 0].softmax(0)[tokens[i]].log().item() / 39
     for chunk in (1, 7, 39, 200):
-        assert train.evaluate(model.train(), tokens, 1, chunk=chunk) == pytest.approx(by_hand, rel=1e-12)
+        assert train.evaluate(model.train(), tokens, 1, chunk=chunk) == pytest.approx(
+            by_hand, rel=1e-12
+        )
         assert model.training
-    streams = [train.evaluate(model, tokens[i:i + 14], 1) for i in (0, 13, 26)]
+    streams = [train.evaluate(model, tokens[i : i + 14], 1) for i in (0, 13, 26)]
     assert train.evaluate(model, tokens, 3) == pytest.approx(sum(streams) / 3, rel=1e-12)
     assert train.perplexity(1e9) == train.perplexity(700.0) < math.inf
 
@@ -1009,10 +1212,14 @@ def test_loss_and_its_penalties():
     model = LanguageModel(13, 4, 6, 2, dropout_output=0.5, activation=5.0, temporal=3.0).double()
     nn.init.constant_(model.decoder_bias[3:4].data, 200.0)
     (tokens, targets), results = torch.randint(13, (2, 8, 3)), []
-    targets[2:4] = -100                                                 # not counted
-    for form in (lambda: model(tokens, targets), lambda: model.logits(tokens),
-                 lambda: model.read(tokens, None), lambda: model.float()(tokens, targets)):
-        torch.manual_seed(2)                                            # the same dropout masks
+    targets[2:4] = -100  # not counted
+    for form in (
+        lambda: model(tokens, targets),
+        lambda: model.logits(tokens),
+        lambda: model.read(tokens, None),
+        lambda: model.float()(tokens, targets),
+    ):
+        torch.manual_seed(2)  # the same dropout masks
         results.append(form())
     (nll, penalty, _), (logits, _), (_, output, raw, _), (in_float32, *_) = results
     assert (output == 0).any() and raw.all()
@@ -1020,9 +1227,9 @@ def test_loss_and_its_penalties():
     log_p = logits.log_softmax(-1).gather(-1, targets.clamp(0)[..., None])[..., 0]
     close([nll, in_float32.double()], [-log_p[targets >= 0].mean()] * 2, rtol=1e-5, atol=0)
     steps = sum(((b - a) ** 2).sum() for a, b in zip(raw, raw[1:]))
-    close(penalty, 5 * (output ** 2).sum() / (8 * 3 * 4) + 3 * steps / (7 * 3 * 4))
-    alone = model.eval().read(tokens[:1], None)[1]                      # T = 1: no step to compare with
-    close(model(tokens[:1], targets[:1])[1], 5 * (alone ** 2).mean())
+    close(penalty, 5 * (output**2).sum() / (8 * 3 * 4) + 3 * steps / (7 * 3 * 4))
+    alone = model.eval().read(tokens[:1], None)[1]  # T = 1: no step to compare with
+    close(model(tokens[:1], targets[:1])[1], 5 * (alone**2).mean())
 
 
 def test_each_dropout_is_in_its_place():
@@ -1030,8 +1237,16 @@ def test_each_dropout_is_in_its_place():
     stack's output lose neurons of a stream, the same at all steps of a chunk (locked), and others in each
     place and call. What is kept is divided by 1 - p. Weights that were dropped get no gradient.
     """
-    s = settings(embedding_size=50, hidden_size=50, num_layers=4, dropout_embedding=0.4, dropout_input=0.3,
-                 dropout_hidden=0.2, dropout_output=0.1, dropout_weight=0.5)
+    s = settings(
+        embedding_size=50,
+        hidden_size=50,
+        num_layers=4,
+        dropout_embedding=0.4,
+        dropout_input=0.3,
+        dropout_hidden=0.2,
+        dropout_output=0.1,
+        dropout_weight=0.5,
+    )
     model, _, _ = train.build(s, 60, "cpu")
     layers, tokens, seen = model.rnn.layers, torch.randint(60, (30, 40)), []
     for layer in layers:
@@ -1044,24 +1259,31 @@ def test_each_dropout_is_in_its_place():
         assert raw is seen[-1][1]
         inputs, outputs = zip(*seen)
         return [model.embedding(tokens), *outputs], [*inputs, output], logits
+
     before, after, logits = read()
     logits.sum().backward()
-    kept_words = (after[0] != 0).any(-1)                                # (T, B)
+    kept_words = (after[0] != 0).any(-1)  # (T, B)
     kept_of = [kept_words[tokens == word].double() for word in range(60)]
-    assert all(kept.min() == kept.max() for kept in kept_of)            # a word everywhere, or nowhere
+    assert all(kept.min() == kept.max() for kept in kept_of)  # a word everywhere, or nowhere
     assert sum(kept.mean() for kept in kept_of) / 60 == pytest.approx(0.6, abs=0.15)
     before[0] = before[0] * kept_words[..., None] / 0.6
-    masks, rates = [(x != 0).any(0) for x in after], [0.3, 0.2, 0.2, 0.2, 0.1]              # (B, H) each
+    masks, rates = [(x != 0).any(0) for x in after], [0.3, 0.2, 0.2, 0.2, 0.1]  # (B, H) each
     close(after, [x * mask / (1 - p) for x, mask, p in zip(before, masks, rates)])
     zeros = [~mask for mask in masks] + [layer.weight.grad == 0 for layer in layers]
     assert [zero.double().mean() for zero in zeros] == pytest.approx(rates + [0.5] * 4, abs=0.05)
-    first = layers[0]                                                   # a window of 2; before x_1 is zero
+    first = layers[0]  # a window of 2; before x_1 is zero
     weight = first.weight * (first.weight.grad != 0) / 0.5
     z, f, o = F.linear(F.pad(after[0][0], (50, 0)), weight, first.bias).chunk(3, -1)
-    close(before[1][0], o.sigmoid() * (1 - f.sigmoid()) * z.tanh())     # h_1, by the weights that were kept
+    close(
+        before[1][0], o.sigmoid() * (1 - f.sigmoid()) * z.tanh()
+    )  # h_1, by the weights that were kept
     again = [(x != 0).any(0) for x in read()[1]]
-    for one, other in (*itertools.combinations(masks[1:4], 2), *zip(masks, again), masks[1].chunk(2)):
-        assert (one != other).double().mean() > 0.1                     # another place, call, stream
+    for one, other in (
+        *itertools.combinations(masks[1:4], 2),
+        *zip(masks, again),
+        masks[1].chunk(2),
+    ):
+        assert (one != other).double().mean() > 0.1  # another place, call, stream
     model.eval()
     before, after, _ = read()
     close(before, after, rtol=0, atol=0)
@@ -1069,8 +1291,11 @@ def test_each_dropout_is_in_its_place():
 
 # ------------------------------------------------------------------------------------------- 7. warm restarts
 
+
 def optimizer_with(*rates):
-    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "lr": rate} for rate in rates])
+    return torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.zeros(()))], "lr": rate} for rate in rates]
+    )
 
 
 def rates_of(schedule, moments):
@@ -1084,7 +1309,9 @@ def rates_of(schedule, moments):
     return found
 
 
-@pytest.mark.parametrize("base, mult, eta_min", [(5, 2, 0.0), (1, 2, 1e-5), (3, 1, 0.0), (2, 3, 1e-4)])
+@pytest.mark.parametrize(
+    "base, mult, eta_min", [(5, 2, 0.0), (1, 2, 1e-5), (3, 1, 0.0), (2, 3, 1e-4)]
+)
 def test_sgdr_is_cosine_annealing_warm_restarts(base, mult, eta_min, tmp_path):
     """To the last bit PyTorch's, by whole epochs and by fractions, and resumed by a file or by last_epoch."""
     # (mult 3 for these 60 epochs only: at epoch 121 of base 1, PyTorch's logarithm comes to 4.999..)
@@ -1108,12 +1335,26 @@ def test_sgdr_is_cosine_annealing_warm_restarts(base, mult, eta_min, tmp_path):
 def test_restarts_of_the_paper_and_of_the_authors_code():
     """E_base = 5 restarts at 5, 15, 35, 75, 155, 315 (2.1: E_i = 2^i E_base); given epochs are kept."""
     authors = (5, 10, 20, 40, 80, 160, 320)
-    for starts, options in (((5, 15, 35, 75, 155, 315), dict(base=5)), (authors, dict(restarts=authors))):
-        assert tuple(epoch for epoch in range(1, 330) if run_at(epoch, **options).elapsed == 0) == starts
+    for starts, options in (
+        ((5, 15, 35, 75, 155, 315), dict(base=5)),
+        (authors, dict(restarts=authors)),
+    ):
+        assert (
+            tuple(epoch for epoch in range(1, 330) if run_at(epoch, **options).elapsed == 0)
+            == starts
+        )
     assert run_at(9.5, base=5) == (1, 4.5, 10) and run_at(12, restarts=[5, 10]) == (2, 2, 5)
     assert [run_at(e, base=0.5).index for e in (0, 0.49, 0.5, 1.49, 1.5)] == [0, 0, 1, 1, 2]
-    for bad in (dict(epoch=-1), dict(epoch=math.inf), dict(epoch=math.nan), dict(base=0), dict(base=-1),
-                dict(mult=0.9), dict(restarts=[3, 3]), dict(restarts=[0, 1])):
+    for bad in (
+        dict(epoch=-1),
+        dict(epoch=math.inf),
+        dict(epoch=math.nan),
+        dict(base=0),
+        dict(base=-1),
+        dict(mult=0.9),
+        dict(restarts=[3, 3]),
+        dict(restarts=[0, 1]),
+    ):
         with pytest.raises(ValueError):
             run_at(**{"epoch": 1, **bad})
     # Restarts summed in floating point, run by run, are restarts, and so are their neighbouring floats.
@@ -1124,7 +1365,11 @@ def test_restarts_of_the_paper_and_of_the_authors_code():
             neighbours = (math.nextafter(start, to) for to in (0, math.inf))
             for moment in (start, round(start, 14), *neighbours):
                 run, elapsed, its_length = run_at(moment, base, mult)
-                assert run == i and 0 <= elapsed <= 1e-12 * start and its_length == pytest.approx(length)
+                assert (
+                    run == i
+                    and 0 <= elapsed <= 1e-12 * start
+                    and its_length == pytest.approx(length)
+                )
             assert run_at(start * (1 - 1e-9), base, mult).index == i - 1
 
 
@@ -1132,20 +1377,22 @@ def test_bounds_of_each_run_and_a_rate_that_never_falls():
     """Run i falls from eta_max^i to eta_min^i, and the last bounds serve later runs. A constant rate is one
     run without end, bit for bit.
     """
-    almost = 1 - 1e-9                                                   # at 2 and 6 runs 1 and 2 begin
-    for high, low, expected in (([1, 0.5], [0.1, 0], [1, 0.55, 0.1, 0.5, 0.25, 0, 0.5, 0.25]),
-                                (3, 1, [3, 2, 1, 3, 2, 1, 3, 2]),
-                                (None, (0, 1), [2, 1, 0, 2, 1.5, 1, 2, 1.5])):
+    almost = 1 - 1e-9  # at 2 and 6 runs 1 and 2 begin
+    for high, low, expected in (
+        ([1, 0.5], [0.1, 0], [1, 0.55, 0.1, 0.5, 0.25, 0, 0.5, 0.25]),
+        (3, 1, [3, 2, 1, 3, 2, 1, 3, 2]),
+        (None, (0, 1), [2, 1, 0, 2, 1.5, 1, 2, 1.5]),
+    ):
         schedule = SGDR(optimizer_with(2.0), 2, eta_max=high, eta_min=low)
         found = rates_of(schedule, (0, 1, 2 * almost, 2, 4, 6 * almost, 6, 10))
-        assert [rate for rate, in found] == pytest.approx(expected)
+        assert [rate for (rate,) in found] == pytest.approx(expected)
     schedule = SGDR(optimizer_with(torch.tensor(2.0), 1.0), 10)
-    tensor = schedule.optimizer.param_groups[0]["lr"]                   # filled in place, as PyTorch does
+    tensor = schedule.optimizer.param_groups[0]["lr"]  # filled in place, as PyTorch does
     schedule.step(5)
     assert schedule.optimizer.param_groups[0]["lr"] is tensor and tensor == 1
     assert schedule.get_last_lr() == [1, 0.5]
     with pytest.raises(ValueError):
-        schedule.step(-1)                                               # refused, and nothing has changed
+        schedule.step(-1)  # refused, and nothing has changed
     schedule.step()
     assert schedule.last_epoch == 6
     schedule.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(()))]})
@@ -1157,6 +1404,7 @@ def test_bounds_of_each_run_and_a_rate_that_never_falls():
 
 
 # ---------------------------------------------------------------------------------------------------- 8. data
+
 
 def spelt(corpus, split):
     return " ".join(corpus.vocabulary[token] for token in getattr(corpus, split))
@@ -1171,18 +1419,30 @@ def write(folder, texts):
 def canonical(monkeypatch, texts, url="file:///nowhere"):
     """Take `texts`, {(corpus, split): text}, for the canonical files, to be had from `url`."""
     for name in {name for name, _ in texts}:
-        hashes = {split: hashlib.sha256(texts[name, split].encode()).hexdigest() for split in data.SPLITS}
+        hashes = {
+            split: hashlib.sha256(texts[name, split].encode()).hexdigest() for split in data.SPLITS
+        }
         monkeypatch.setitem(data.DOWNLOADS, name, (url + "/{split}", hashes))
 
 
-@pytest.mark.skipif(not os.environ.get(data.ENVIRONMENT), reason=f"{data.ENVIRONMENT} names no folder")
-@pytest.mark.parametrize("name, counts", [
-    ("ptb", (929_589, 73_760, 82_430, 10_000)), ("wt2", (2_088_628, 217_646, 245_569, 33_278)),
-    ("ptb-chars", (5_017_482, 393_042, 442_423, 50))])
+@pytest.mark.skipif(
+    not os.environ.get(data.ENVIRONMENT), reason=f"{data.ENVIRONMENT} names no folder"
+)
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        ("ptb", (929_589, 73_760, 82_430, 10_000)),
+        ("wt2", (2_088_628, 217_646, 245_569, 33_278)),
+        ("ptb-chars", (5_017_482, 393_042, 442_423, 50)),
+    ],
+)
 def test_counts_of_the_canonical_corpora(name, counts, capsys):
     """Files of the recorded SHA-256 have the literature's tokens and vocabulary. PTB's unigram is at 639."""
     corpus = data.load_corpus(name)
-    assert (*(len(getattr(corpus, split)) for split in data.SPLITS), len(set(corpus.vocabulary))) == counts
+    assert (
+        *(len(getattr(corpus, split)) for split in data.SPLITS),
+        len(set(corpus.vocabulary)),
+    ) == counts
     assert name != "ptb" or round(data.unigram_perplexity(corpus)) == 639
     assert "not the canonical" not in capsys.readouterr().err
 
@@ -1194,9 +1454,11 @@ def test_streams_lose_nothing_but_the_remainder(n, B):
     inputs, targets = data.streams(torch.arange(n), B, L)
     assert torch.equal(targets, inputs + 1)
     assert torch.equal(inputs.t().flatten(), torch.arange(L * B)) and n - 1 - L * B < B
-    with pytest.raises(data.UserError, match=f"too few for {B} streams.*less than one chunk of {L + 1};"):
+    with pytest.raises(
+        data.UserError, match=f"too few for {B} streams.*less than one chunk of {L + 1};"
+    ):
         data.streams(torch.arange(n), B, L + 1)
-    inputs, targets = data.streams(torch.arange(26), 6)                 # the picture in its docstring
+    inputs, targets = data.streams(torch.arange(26), 6)  # the picture in its docstring
     rows = [" ".join(chr(97 + letter) for letter in row) for row in torch.cat([inputs, targets], 1)]
     drawn = re.findall(r"^ +((?:\w +){11}\w)$", data.streams.__doc__, re.M)
     assert [" ".join(row.split()) for row in drawn] == rows
@@ -1208,9 +1470,11 @@ def test_the_vocabulary_is_by_count_then_by_first_use():
     corpus = data.from_lines("x", {split: [words[:-1]] for split in data.SPLITS})
     assert corpus.vocabulary == sorted(set(words), key=lambda w: (-words.count(w), words.index(w)))
     assert spelt(corpus, "train").split() == words
-    for train_text, min_count, vocabulary, valid in (("a <unk> a b", 1, "a <unk> b <eos>", "<unk> b <eos>"),
-                                                     ("a a b", 1, "a b <eos> <unk>", "<unk> b <eos>"),
-                                                     ("a a a b b", 3, "a <eos> <unk>", "<unk> <unk> <eos>")):
+    for train_text, min_count, vocabulary, valid in (
+        ("a <unk> a b", 1, "a <unk> b <eos>", "<unk> b <eos>"),
+        ("a a b", 1, "a b <eos> <unk>", "<unk> b <eos>"),
+        ("a a a b b", 3, "a <eos> <unk>", "<unk> <unk> <eos>"),
+    ):
         splits = {"train": [train_text.split()], "valid": [["new", "b"]], "test": [["newer"]]}
         corpus = data.from_lines("x", splits, min_count)
         assert (" ".join(corpus.vocabulary), spelt(corpus, "valid")) == (vocabulary, valid)
@@ -1218,36 +1482,59 @@ def test_the_vocabulary_is_by_count_then_by_first_use():
 
 def test_unigram_perplexity_by_hand():
     """1 / the geometric mean of the shares in train. Words that train lacks add one to every count."""
-    corpus = data.from_lines("x", {"train": [["a", "a", "b"]], "valid": [["a", "b"]], "test": [["a", "z"]]})
+    corpus = data.from_lines(
+        "x", {"train": [["a", "a", "b"]], "valid": [["a", "b"]], "test": [["a", "z"]]}
+    )
     found = [data.unigram_perplexity(corpus, split) for split in ("valid", "test")]
-    assert found == pytest.approx([(2 / 4 * 1 / 4 * 1 / 4) ** (-1 / 3), (3 / 8 * 1 / 8 * 2 / 8) ** (-1 / 3)])
+    assert found == pytest.approx(
+        [(2 / 4 * 1 / 4 * 1 / 4) ** (-1 / 3), (3 / 8 * 1 / 8 * 2 / 8) ** (-1 / 3)]
+    )
 
 
 def test_a_folder_is_read(tmp_path, monkeypatch):
     """<eos> ends every line, empty ones too. A BOM and the CR of Windows are no words. The characters of ptb
     are its text, with _ for a space.
     """
-    write(tmp_path, {"train.txt": b"\xef\xbb\xbfa b a\r\n\r\nc\r\n", "valid.txt": "a d\n", "test.txt": "c c"})
-    assert spelt(data.load_corpus(str(tmp_path), min_count=2), "train") == "a <unk> a <eos> <eos> <unk> <eos>"
+    write(
+        tmp_path,
+        {"train.txt": b"\xef\xbb\xbfa b a\r\n\r\nc\r\n", "valid.txt": "a d\n", "test.txt": "c c"},
+    )
+    assert (
+        spelt(data.load_corpus(str(tmp_path), min_count=2), "train")
+        == "a <unk> a <eos> <eos> <unk> <eos>"
+    )
     corpus = data.load_corpus(str(tmp_path))
     assert data.describe(corpus)[0].endswith("<unk>: 0.0% of train, 33.3% of valid, 0.0% of test")
     assert spelt(corpus, "train") == "a b a <eos> <eos> c <eos>" and corpus.name == tmp_path.name
     assert spelt(corpus, "valid") == "a <unk> <eos>" and spelt(corpus, "test") == "c c <eos>"
     canonical(monkeypatch, {("ptb", split): "the end\nof it\n" for split in data.SPLITS})
     write(tmp_path, {f"ptb.{split}.txt": "the end\nof it\n" for split in data.SPLITS})
-    assert spelt(data.load_corpus("ptb-chars", tmp_path), "test") == "t h e _ e n d <eos> o f _ i t <eos>"
+    assert (
+        spelt(data.load_corpus("ptb-chars", tmp_path), "test")
+        == "t h e _ e n d <eos> o f _ i t <eos>"
+    )
 
 
-@pytest.mark.parametrize("layout", [("ptb.{}.txt", "wiki.{}.tokens"), ("{}.txt", "wt2/{}.txt"),
-                                    ("ptb/{}.txt", "{}.txt"), ("ptb/{}.txt", "wikitext-2/{}.txt"),
-                                    ("ptb/ptb.{}.txt", "wikitext-2/wiki.{}.tokens")])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("ptb.{}.txt", "wiki.{}.tokens"),
+        ("{}.txt", "wt2/{}.txt"),
+        ("ptb/{}.txt", "{}.txt"),
+        ("ptb/{}.txt", "wikitext-2/{}.txt"),
+        ("ptb/ptb.{}.txt", "wikitext-2/wiki.{}.tokens"),
+    ],
+)
 def test_the_right_files_are_found(layout, tmp_path, monkeypatch, capsys):
     """Of two corpora side by side each name finds its own, in any layout. A file that is not canonical is
     read, with a note, only where its place names the corpus.
     """
     texts = {(name, split): f"{name} {split}\n" for name in data.DOWNLOADS for split in data.SPLITS}
     canonical(monkeypatch, texts)
-    write(tmp_path, {layout[name == "wt2"].format(split): text for (name, split), text in texts.items()})
+    write(
+        tmp_path,
+        {layout[name == "wt2"].format(split): text for (name, split), text in texts.items()},
+    )
     if layout[0] == "{}.txt":
         write(tmp_path, {"ptb/train.txt": "strange"})
     for name in data.DOWNLOADS:
@@ -1256,7 +1543,9 @@ def test_the_right_files_are_found(layout, tmp_path, monkeypatch, capsys):
     if layout[0] == "{}.txt":
         write(tmp_path, {"train.txt": "stranger"})
         assert spelt(data.load_corpus("ptb", tmp_path), "train") == "strange <eos>"
-        assert f"{tmp_path / 'ptb' / 'train.txt'} is not the canonical file" in capsys.readouterr().err
+        assert (
+            f"{tmp_path / 'ptb' / 'train.txt'} is not the canonical file" in capsys.readouterr().err
+        )
 
 
 def test_downloads_are_checked_and_done_once(tmp_path, monkeypatch):
@@ -1267,12 +1556,17 @@ def test_downloads_are_checked_and_done_once(tmp_path, monkeypatch):
     web, target = tmp_path / "web", tmp_path / "deep" / "down" / "train.txt"
     write(web, {**{split: text for (_, split), text in texts.items()}, "bad": "the train texT\n"})
     canonical(monkeypatch, texts, web.as_uri())
-    for bad, why in ((f"{web.as_uri()}/bad", "hash"), (f"{web.as_uri()}/missing", "No such file"),
-                     ("http://127.0.0.1:9/", "refused")):
+    for bad, why in (
+        (f"{web.as_uri()}/bad", "hash"),
+        (f"{web.as_uri()}/missing", "No such file"),
+        ("http://127.0.0.1:9/", "refused"),
+    ):
         with pytest.raises(data.UserError, match=why) as refusal:
             data.download(bad, target, data.DOWNLOADS["ptb"][1]["train"])
         message = str(refusal.value)
-        assert "\n" not in message and all(x in message for x in (bad, data.ENVIRONMENT, str(target)))
+        assert "\n" not in message and all(
+            x in message for x in (bad, data.ENVIRONMENT, str(target))
+        )
         assert list(tmp_path.iterdir()) == [web]
     first = data.load_corpus("ptb", tmp_path / "here")
     shutil.rmtree(web)
@@ -1288,12 +1582,17 @@ def test_pydoc_is_english_split_by_topic(monkeypatch):
     assert len(corpus.train) > 40_000 and min(len(corpus.valid), len(corpus.test)) > 4_000
     assert {"the", "statement", "<eos>", "<unk>"} < set(corpus.vocabulary)
     assert corpus.train.bincount().min() == 2
-    topics = {f"{i}": f"Topic number {i} begins\n\nSaid in every topic\n\nIt ends here" for i in range(100)}
+    topics = {
+        f"{i}": f"Topic number {i} begins\n\nSaid in every topic\n\nIt ends here"
+        for i in range(100)
+    }
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", types.SimpleNamespace(topics=topics))
     begins = "topic number <unk> begins <eos>"
     train_text, valid, test = (spelt(data.pydoc(), split) for split in data.SPLITS)
     assert train_text == " ".join([begins] * 80) and valid == " ".join([begins] * 10)
-    assert test == " ".join([f"{begins} <unk> <unk> <unk> topic <eos>", *[begins] * 9])   # no paragraph twice
+    assert test == " ".join(
+        [f"{begins} <unk> <unk> <unk> topic <eos>", *[begins] * 9]
+    )  # no paragraph twice
 
 
 def test_recall_reaches_its_floor_only_with_memory():
@@ -1318,12 +1617,19 @@ def test_episodes_put_borders_between_symbol_and_query(borders):
     query = inputs == 12
     assert torch.equal(answers, torch.where(query, targets, -100))
     t, stream = query[period:].nonzero().unbind(1)
-    assert sorted(stream.tolist()) == list(range(3 * period)) and t.bincount().tolist() == [3] * period
+    assert (
+        sorted(stream.tolist()) == list(range(3 * period)) and t.bincount().tolist() == [3] * period
+    )
     symbol = inputs[period + t - borders * T, stream]
-    assert torch.equal(symbol, targets[period + t, stream]) and symbol.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(symbol, targets[period + t, stream]) and symbol.unique().tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
     text = data.recall(borders * T - 1, count=6 * period + 13, seed=3).train
     for first, part in enumerate((inputs, targets)):
-        apart = [text[(2 * period + 1) * b + first:][:2 * period] for b in range(3 * period)]
+        apart = [text[(2 * period + 1) * b + first :][: 2 * period] for b in range(3 * period)]
         assert torch.equal(part, torch.stack(apart, 1))
 
 
@@ -1336,7 +1642,10 @@ TINY = "--hidden-size 12 --embedding-size 8 --batch-size 4 --chunk 20 --device c
 def corpus(tmp_path):
     """A folder with a tiny text, 41 words a line. Its 30 lines of train are 16 chunks of TINY."""
     for split, n in (("train", 30), ("valid", 8), ("test", 4)):
-        lines = [" ".join(f"w{(i * i + j * (n < 8) + j) % 23}" for j in range(41)) + "\n" for i in range(n)]
+        lines = [
+            " ".join(f"w{(i * i + j * (n < 8) + j) % 23}" for j in range(41)) + "\n"
+            for i in range(n)
+        ]
         write(tmp_path / "text", {f"{split}.txt": "".join(lines)})
     return tmp_path / "text"
 
@@ -1350,11 +1659,11 @@ def program(*arguments, stdout=io.StringIO):
     """What becomes of `python train.py ARGUMENTS`, in this process."""
     out, err = stdout(), io.StringIO()
     before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGINT, signal.default_int_handler)            # a process in the background has none
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background has none
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = train.main(list(map(str, arguments)))
-        except SystemExit as exit:                                      # argparse's own
+        except SystemExit as exit:  # argparse's own
             status = exit.code
     signal.signal(signal.SIGTERM, before)
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
@@ -1386,14 +1695,22 @@ def left_by(folder):
 def best_model(folder):
     """A model with the weights in a folder's checkpoint, which has all that is needed, and its vocabulary."""
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    model, _, _ = train.build(train.Settings(**checkpoint["settings"]), len(checkpoint["vocabulary"]), "cpu")
+    model, _, _ = train.build(
+        train.Settings(**checkpoint["settings"]), len(checkpoint["vocabulary"]), "cpu"
+    )
     model.load_state_dict(checkpoint["best"]["model"])
     return model, checkpoint["vocabulary"]
 
 
-@pytest.mark.parametrize("mode, sources", [
-    ("bptt", "rrr"), ("dni --dni-borders 3", "rss"), ("alternating --dni-kind layer --e-base 1", "rss"),
-    ("restart --gradient synthetic --reset-optimizer --e-base 1", "rss")])
+@pytest.mark.parametrize(
+    "mode, sources",
+    [
+        ("bptt", "rrr"),
+        ("dni --dni-borders 3", "rss"),
+        ("alternating --dni-kind layer --e-base 1", "rss"),
+        ("restart --gradient synthetic --reset-optimizer --e-base 1", "rss"),
+    ],
+)
 def test_each_mode_trains_resumes_exactly_and_tests(mode, sources, corpus, tmp_path):
     """Resumed after two epochs of three, a training ends as a straight one, bit for bit."""
     arguments = ["--data", corpus, "--mode", *mode.split(), *TINY, "--jitter", "--lr", "0.02"]
@@ -1402,30 +1719,68 @@ def test_each_mode_trains_resumes_exactly_and_tests(mode, sources, corpus, tmp_p
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert "".join(row["gradient"][0] for row in rows) == sources
     assert (rows[2]["dni_cosine"] != "nan") == (sources != "rrr")
-    assert float(rows[2]["valid_perplexity"]) < float(rows[0]["valid_perplexity"])        # it learns
-    succeed(*arguments, "--epochs", 2, "--out", tmp_path / "half")                      # within a run of SGDR
+    assert float(rows[2]["valid_perplexity"]) < float(rows[0]["valid_perplexity"])  # it learns
+    succeed(*arguments, "--epochs", 2, "--out", tmp_path / "half")  # within a run of SGDR
     assert succeed(*arguments, "--epochs", 3, "--resume", tmp_path / "half") == last
     close(left_by(tmp_path / "half")[1:], straight[1:], atol=0, rtol=0)
     assert left_by(tmp_path / "half")[0] == rows
 
 
 GOES_ON = "interrupted; the same command with --resume {} goes on after the last whole epoch"
-NOT_FINITE = "stopped: the validation loss or a weight is not finite after epoch 2; try a lower --lr"
+NOT_FINITE = (
+    "stopped: the validation loss or a weight is not finite after epoch 2; try a lower --lr"
+)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-@pytest.mark.parametrize("event, step, status, line", [
-    (signal.SIGINT, 3, 130, GOES_ON), (signal.SIGTERM, 20, 143, GOES_ON), (signal.SIGTERM, 40, 143, GOES_ON),
-    ("gradient", 20, 1, "stopped: the loss is not finite at step 100 of 314 in epoch 2 (real gradients"),
-    ("gradient", 32, 1, NOT_FINITE), ("g", 20, 1, NOT_FINITE), ("disk", 20, 2, "error: [Errno 28] No space"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 3, 2, "error: no memory, or no disk, left"),
-    (RuntimeError("can't allocate memory:\nyou tried"), 20, 2, "error: no memory, or no disk, left")],
-    ids=lambda value: str(value)[:9])
-def test_whatever_stops_a_training_loses_nothing(event, step, status, line, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "event, step, status, line",
+    [
+        (signal.SIGINT, 3, 130, GOES_ON),
+        (signal.SIGTERM, 20, 143, GOES_ON),
+        (signal.SIGTERM, 40, 143, GOES_ON),
+        (
+            "gradient",
+            20,
+            1,
+            "stopped: the loss is not finite at step 100 of 314 in epoch 2 (real gradients",
+        ),
+        ("gradient", 32, 1, NOT_FINITE),
+        ("g", 20, 1, NOT_FINITE),
+        ("disk", 20, 2, "error: [Errno 28] No space"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            3,
+            2,
+            "error: no memory, or no disk, left",
+        ),
+        (
+            RuntimeError("can't allocate memory:\nyou tried"),
+            20,
+            2,
+            "error: no memory, or no disk, left",
+        ),
+    ],
+    ids=lambda value: str(value)[:9],
+)
+def test_whatever_stops_a_training_loses_nothing(
+    event, step, status, line, corpus, tmp_path, monkeypatch
+):
     """In the first, second or last of three epochs of 16 steps: one line says why. What the last whole epoch
     left is there, and nothing beside it. Resumed, the training ends as a straight one.
     """
-    arguments = ["--data", corpus, *TINY, "--mode", "dni", "--dni-warmup", 9, "--epochs", 3, "--out"]
+    arguments = [
+        "--data",
+        corpus,
+        *TINY,
+        "--mode",
+        "dni",
+        "--dni-warmup",
+        9,
+        "--epochs",
+        3,
+        "--out",
+    ]
     last, folder, steps = succeed(*arguments, tmp_path / "straight"), tmp_path / "stopped", []
 
     def half_saved(checkpoint, file):
@@ -1435,9 +1790,9 @@ def test_whatever_stops_a_training_loses_nothing(event, step, status, line, corp
     def disturbed(model, optimizer, dni, *a):
         steps.append(a)
         if len(steps) == step:
-            if event == "gradient":                                     # infinite, and seen at the next step
+            if event == "gradient":  # infinite, and seen at the next step
                 model.decoder_bias.register_hook(lambda gradient: gradient * math.inf)
-            elif event == "g":                                          # which is not in use
+            elif event == "g":  # which is not in use
                 nn.init.constant_(dni.g.decode[-1].bias, math.inf)
             elif event == "disk":
                 context.setattr(torch, "save", half_saved)
@@ -1446,13 +1801,16 @@ def test_whatever_stops_a_training_loses_nothing(event, step, status, line, corp
             else:
                 os.kill(os.getpid(), event)
         return train_step(model, optimizer, dni, *a)
+
     train_step = train.train_step
     with monkeypatch.context() as context:
         context.setattr(train, "train_step", disturbed)
         message = refused(*arguments, folder, status=status)
     assert message.startswith(f"train.py: {line.format(folder)}"), message
     whole = (step - 1) // 16
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.csv"] * (whole > 0)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "log.csv"] * (
+        whole > 0
+    )
     assert not whole or left_by(folder)[0] == left_by(tmp_path / "straight")[0][:whole]
     assert succeed(*arguments, folder, "--resume", folder) == last
     close(left_by(folder)[1:], left_by(tmp_path / "straight")[1:], atol=0, rtol=0)
@@ -1474,8 +1832,16 @@ def test_a_killed_training_goes_on(corpus, tmp_path):
     close(left_by(folder)[1:], left_by(tmp_path / "straight")[1:], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("curve, cuts, best", [([3, 1, 2, 0.5, 2], [], 4), ([3, 1, 2, 2, 2], [2, 4], 2),
-                                               ([1, 1, 1], [], 1), ([2], [], 1), ([3, 1, 2], [2], 2)])
+@pytest.mark.parametrize(
+    "curve, cuts, best",
+    [
+        ([3, 1, 2, 0.5, 2], [], 4),
+        ([3, 1, 2, 2, 2], [2, 4], 2),
+        ([1, 1, 1], [], 1),
+        ([2], [], 1),
+        ([3, 1, 2], [2], 2),
+    ],
+)
 def test_the_best_model_is_the_one_tested(curve, cuts, best, corpus, tmp_path, monkeypatch):
     """Where validation goes down, up and down, it is that of the first lowest epoch, resumed or not."""
     evaluate, models = train.evaluate, []
@@ -1485,6 +1851,7 @@ def test_the_best_model_is_the_one_tested(curve, cuts, best, corpus, tmp_path, m
             return evaluate(model, tokens, batch_size, *a)
         models.append({name: weight.clone() for name, weight in model.state_dict().items()})
         return curve[len(models) - 1]
+
     monkeypatch.setattr(train, "evaluate", scripted)
     how = ["--data", corpus, *TINY, "--out", tmp_path / "r"]
     for epochs in (*cuts, len(curve)):
@@ -1493,28 +1860,36 @@ def test_the_best_model_is_the_one_tested(curve, cuts, best, corpus, tmp_path, m
     assert len(models) == len(curve) and vocabulary == text.vocabulary
     close(dict(model.state_dict()), models[best - 1], atol=0, rtol=0)
     nll = evaluate(model, text.test, 1)
-    assert run.stdout.splitlines()[-2:] == [f"bits per token {nll / math.log(2):.4f}",
-                                            f"test perplexity {math.exp(nll):.2f}"]
+    assert run.stdout.splitlines()[-2:] == [
+        f"bits per token {nll / math.log(2):.4f}",
+        f"test perplexity {math.exp(nll):.2f}",
+    ]
 
 
 def test_a_training_that_is_done_is_only_tested(corpus, tmp_path, monkeypatch):
     """--resume without an epoch left tests again, and puts back a lost log.csv. More epochs go on."""
-    monkeypatch.setattr(train.time, "monotonic", itertools.count(1000).__next__)          # a second a look
+    monkeypatch.setattr(train.time, "monotonic", itertools.count(1000).__next__)  # a second a look
     folder, arguments = tmp_path / "r", ["--data", corpus, *TINY, "--epochs", 1, "--out"]
     shown = program(*arguments, tmp_path / "shown", stdout=Terminal).stdout.split("\r\033[K")
-    assert len(shown) == 18 and max(map(len, shown[1:17])) <= 80 and "\n" not in "".join(shown[1:17])
+    assert (
+        len(shown) == 18 and max(map(len, shown[1:17])) <= 80 and "\n" not in "".join(shown[1:17])
+    )
     assert re.match(r"epoch 1.00 of 1, perplexity \d+\.\d+, 0 min left$", shown[16])
     last = succeed(*arguments, folder)
     rows, *_ = left_by(folder)
     (model, _), text = best_model(folder), data.load_corpus(str(corpus))
-    assert float(rows[0]["valid_perplexity"]) == round(math.exp(train.evaluate(model, text.valid, 10)), 3)
+    assert float(rows[0]["valid_perplexity"]) == round(
+        math.exp(train.evaluate(model, text.valid, 10)), 3
+    )
     g = NeuronDNI()
     g.load_state_dict(left_by(folder)[1][1])
     found = train.true_agreement(model, g, text.valid, settings(batch_size=4, chunk=20))
-    assert (float(rows[0]["dni_cosine"]), float(rows[0]["dni_r2"])) == pytest.approx(found, abs=1e-5)
+    assert (float(rows[0]["dni_cosine"]), float(rows[0]["dni_r2"])) == pytest.approx(
+        found, abs=1e-5
+    )
     (folder / "log.csv").unlink()
     assert succeed("--resume", folder) == last and left_by(folder)[0] == rows
-    shutil.move(corpus, tmp_path / "moved")                             # a corpus is known by its words
+    shutil.move(corpus, tmp_path / "moved")  # a corpus is known by its words
     succeed("--resume", folder, "--data", tmp_path / "moved", "--epochs", 3)
     one, two, three = (float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").open()))
     assert 0 < one < two < three < 100
@@ -1535,11 +1910,16 @@ def test_what_resuming_refuses(corpus, tmp_path):
             path.write_text(text.replace(old, new))
         assert not old or "another text" in refused("--resume", run, "--epochs", 2)
 
-    class Code:                                                         # pickled: it makes a folder
+    class Code:  # pickled: it makes a folder
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
+
     checkpoint, third = torch.load(file, weights_only=True), len(good) // 3
-    damaged = [b"", good[:third], good[:third] + bytes([good[third] ^ 4]) + good[third + 1:]]       # one bit
+    damaged = [
+        b"",
+        good[:third],
+        good[:third] + bytes([good[third] ^ 4]) + good[third + 1 :],
+    ]  # one bit
     for other in ({**checkpoint, "best": Code()}, {**checkpoint, "settings": {"seed": 1}}, [1, 2]):
         torch.save(other, tmp_path / "other.pt")
         damaged.append((tmp_path / "other.pt").read_bytes())
@@ -1550,17 +1930,53 @@ def test_what_resuming_refuses(corpus, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("flags", [
-    "--hidden-size -3", "--epochs 0", "--num-layers 0", "--chunk 0", "--batch-size 0", "--dropout-input 1",
-    "--dropout-output -0.1", "--dropout-weight nan", "--e-base 0", "--e-base nan", "--lr 0", "--lr inf",
-    "--clip -1", "--dni-alpha -1", "--seed -1", f"--seed {2 ** 63}", "--eta-min -1", "--eta-min",
-    "--restarts 0", "--restarts 3 2", "--mode magic", "--epochs ten", "--colour red", "--dni-borders 0",
-    "--dni-warmup -1", "--l2 inf", "--eta-max 0", "--eta-min 1", "--eta-max 1e-3 1e-4 --eta-min 2e-4",
-    # without effect:
-    "--gradient synthetic", "--eta-max 1e-3 --lr 1e-3", "--restarts 3 --e-base 2", "--mode dni --restarts 3",
-    "--mode bptt --dni-kind layer", "--mode bptt --dni-alpha 0.5", "--mode restart --dni-lr 1",
-    "--dni-kind layer --dni-borders 2", "--dni-warmup 2", "--data-dir x", "--min-count 2",
-    "--mode dni --reset-optimizer"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--hidden-size -3",
+        "--epochs 0",
+        "--num-layers 0",
+        "--chunk 0",
+        "--batch-size 0",
+        "--dropout-input 1",
+        "--dropout-output -0.1",
+        "--dropout-weight nan",
+        "--e-base 0",
+        "--e-base nan",
+        "--lr 0",
+        "--lr inf",
+        "--clip -1",
+        "--dni-alpha -1",
+        "--seed -1",
+        f"--seed {2**63}",
+        "--eta-min -1",
+        "--eta-min",
+        "--restarts 0",
+        "--restarts 3 2",
+        "--mode magic",
+        "--epochs ten",
+        "--colour red",
+        "--dni-borders 0",
+        "--dni-warmup -1",
+        "--l2 inf",
+        "--eta-max 0",
+        "--eta-min 1",
+        "--eta-max 1e-3 1e-4 --eta-min 2e-4",
+        # without effect:
+        "--gradient synthetic",
+        "--eta-max 1e-3 --lr 1e-3",
+        "--restarts 3 --e-base 2",
+        "--mode dni --restarts 3",
+        "--mode bptt --dni-kind layer",
+        "--mode bptt --dni-alpha 0.5",
+        "--mode restart --dni-lr 1",
+        "--dni-kind layer --dni-borders 2",
+        "--dni-warmup 2",
+        "--data-dir x",
+        "--min-count 2",
+        "--mode dni --reset-optimizer",
+    ],
+)
 def test_impossible_settings(flags):
     """Each ends in one line that names the flag, and status 2, before any work."""
     assert re.findall(r"--[a-z0-9-]*[a-z]", flags)[-1] in refused(*flags.split())
@@ -1573,21 +1989,66 @@ def parsed(*arguments):
 
 def test_defaults_and_presets():
     """The settings that README's figures were made with, those of the paper, and what a flag overrides."""
-    expected = dict(mode="alternating", data="pydoc", epochs=15, seed=42, embedding_size=256, hidden_size=512,
-                    num_layers=2, dropout_output=.3, dropout_hidden=.1, dropout_input=.1, l2=5e-6, clip=.25,
-                    batch_size=20, chunk=70, jitter=False, e_base=5, dni_kind="neuron", dni_alpha=.9,
-                    dni_lr=1e-4, dni_borders=1, dni_warmup=1, eta_min=(0.0,), restarts=(), eta_max=(),
-                    gradient="real", lr=1e-2)
+    expected = dict(
+        mode="alternating",
+        data="pydoc",
+        epochs=15,
+        seed=42,
+        embedding_size=256,
+        hidden_size=512,
+        num_layers=2,
+        dropout_output=0.3,
+        dropout_hidden=0.1,
+        dropout_input=0.1,
+        l2=5e-6,
+        clip=0.25,
+        batch_size=20,
+        chunk=70,
+        jitter=False,
+        e_base=5,
+        dni_kind="neuron",
+        dni_alpha=0.9,
+        dni_lr=1e-4,
+        dni_borders=1,
+        dni_warmup=1,
+        eta_min=(0.0,),
+        restarts=(),
+        eta_max=(),
+        gradient="real",
+        lr=1e-2,
+    )
     assert vars(parsed()).items() >= expected.items()
-    rates = [parsed("--mode", mode, "--data", "ptb").lr for mode in ("bptt", "dni", "restart", "alternating")]
+    rates = [
+        parsed("--mode", mode, "--data", "ptb").lr
+        for mode in ("bptt", "dni", "restart", "alternating")
+    ]
     assert rates == [4e-3, 4e-3, 1e-2, 1e-2] and parsed("--mode", "dni", "--lr", "0.5").lr == 0.5
     paper, wt2 = (parsed("--preset", "paper", "--data", name) for name in ("ptb", "wt2"))
-    expected = dict(hidden_size=1550, embedding_size=400, num_layers=4, chunk=200, batch_size=20, epochs=320,
-                    lr=1e-3, dropout_output=.4, dropout_hidden=.3, dropout_input=.4, dropout_embedding=.1,
-                    dropout_weight=.1, l2=1.2e-6, clip=.2, seed=42, e_base=5, dni_alpha=1, jitter=True)
+    expected = dict(
+        hidden_size=1550,
+        embedding_size=400,
+        num_layers=4,
+        chunk=200,
+        batch_size=20,
+        epochs=320,
+        lr=1e-3,
+        dropout_output=0.4,
+        dropout_hidden=0.3,
+        dropout_input=0.4,
+        dropout_embedding=0.1,
+        dropout_weight=0.1,
+        l2=1.2e-6,
+        clip=0.2,
+        seed=42,
+        e_base=5,
+        dni_alpha=1,
+        jitter=True,
+    )
     assert vars(paper).items() >= expected.items()
     assert wt2 == dataclasses.replace(paper, data="wt2", dropout_hidden=0.2, clip=0.25)
-    model, _, _ = train.build(dataclasses.replace(paper, hidden_size=9, embedding_size=7), 20, "cpu")
+    model, _, _ = train.build(
+        dataclasses.replace(paper, hidden_size=9, embedding_size=7), 20, "cpu"
+    )
     sizes = [(layer.input_size, layer.hidden_size, layer.window) for layer in model.rnn.layers]
     assert sizes == [(7, 9, 2), (9, 9, 1), (9, 9, 1), (9, 7, 1)]
     assert (model.activation, model.temporal) == (2, 1)
@@ -1609,10 +2070,26 @@ def test_a_gpu_trains_as_a_cpu_does(method, corpus, tmp_path, cuda="cuda"):
     logs = []
     for device in ("cpu", cuda):
         dropouts = [f"--dropout-{place}=0" for place in ("input", "hidden", "output")]
-        succeed(*reproduce.METHODS[method], "--data", corpus, *TINY, *dropouts, "--epochs", 2,
-                "--device", device, "--out", tmp_path / device)
-        logs.append([float(row[name]) for row in left_by(tmp_path / device)[0]
-                     for name in ("train_perplexity", "valid_perplexity")])
+        succeed(
+            *reproduce.METHODS[method],
+            "--data",
+            corpus,
+            *TINY,
+            *dropouts,
+            "--epochs",
+            2,
+            "--device",
+            device,
+            "--out",
+            tmp_path / device,
+        )
+        logs.append(
+            [
+                float(row[name])
+                for row in left_by(tmp_path / device)[0]
+                for name in ("train_perplexity", "valid_perplexity")
+            ]
+        )
     assert logs[0] == pytest.approx(logs[1], rel=5e-3)
 
 
@@ -1622,20 +2099,27 @@ def test_texts_and_folders(corpus, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     succeed("--data", "text", "--mode", "bptt", *TINY, "--epochs", 1)
-    folder, = (tmp_path / "trainings").glob("text-bptt-*")
+    (folder,) = (tmp_path / "trainings").glob("text-bptt-*")
     monkeypatch.chdir("/")
     succeed("--resume", folder)
-    run = program("--data", corpus, *TINY, "--epochs", 1, "--min-count", 99, "--out", tmp_path / "few")
-    assert ", vocabulary 2, " in run.stdout                             # <unk> and <eos>
-    monkeypatch.setattr(train, "train_step", None)                      # nothing is trained
+    run = program(
+        "--data", corpus, *TINY, "--epochs", 1, "--min-count", 99, "--out", tmp_path / "few"
+    )
+    assert ", vocabulary 2, " in run.stdout  # <unk> and <eos>
+    monkeypatch.setattr(train, "train_step", None)  # nothing is trained
     assert "less than one chunk of 400" in refused("--data", corpus, "--chunk", "400")
     assert refused("--data", corpus, *TINY, "--out", corpus / "train.txt" / "run")
-    for content, why in ((b"a b\n", "too few for 10 streams"), (b"\n\n", "valid.txt holds no words"),
-                         (b"caf\xe9", "valid.txt is not UTF-8 (byte 3)")):
+    for content, why in (
+        (b"a b\n", "too few for 10 streams"),
+        (b"\n\n", "valid.txt holds no words"),
+        (b"caf\xe9", "valid.txt is not UTF-8 (byte 3)"),
+    ):
         (corpus / "valid.txt").write_bytes(content)
         assert why in refused("--data", corpus, *TINY, "--out", tmp_path / "r")
     (corpus / "valid.txt").unlink()
-    assert "has no valid.txt; use pydoc, ptb, ptb-chars, wt2, recall or" in refused("--data", corpus)
+    assert "has no valid.txt; use pydoc, ptb, ptb-chars, wt2, recall or" in refused(
+        "--data", corpus
+    )
     assert "klingon has no train.txt and no valid.txt" in refused("--data", "klingon")
     assert not (tmp_path / "r").exists()
 
@@ -1650,10 +2134,14 @@ def test_the_house():
     below = {"qrnn": set(), "sgdr": set(), "data": set(), "dni": {"qrnn", "data"}}
     below |= {"train": set(below), "test_all": {*below, "train"}}
     free = {*sys.stdlib_module_names, "torch", "numpy"}
-    assert {path.stem for path in HERE.glob("*.py")} == set(below) and not list(HERE.glob("*/__init__.py"))
+    assert {path.stem for path in HERE.glob("*.py")} == set(below) and not list(
+        HERE.glob("*/__init__.py")
+    )
     for name in below:
         nodes = list(ast.walk(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))))
-        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         optional = {"qrnn": {"triton"}, "test_all": {"pytest"}}.get(name, set())
         assert {name.split(".")[0] for name in names} - free <= below[name] | optional, name
@@ -1664,30 +2152,41 @@ def test_each_file_runs_alone(script, tmp_path):
     """`python FILE` shows its idea, alone in its folder or, for dni.py, beside what it needs."""
     for name in (script, "qrnn.py", "data.py") if script == "dni.py" else (script,):
         shutil.copy(HERE / name, tmp_path)
-    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
     assert run.returncode == 0 and len(run.stdout.split("\n")) > 3, run.stderr
     if script == "dni.py":
         numbers = map(float, re.findall(r" ([+\d]+\.\d+)$", run.stdout, re.M)[:5])
         whole, truncated, mended, bptt, layer = numbers
         assert whole == mended != truncated and bptt < 0.6 and layer > 0.9
-        assert float(re.search(r"sin\(3 c\).*R² (\S+)", run.stdout)[1]) > 0.9            # what g can learn
+        assert float(re.search(r"sin\(3 c\).*R² (\S+)", run.stdout)[1]) > 0.9  # what g can learn
         assert "\n".join(run.stdout.split("\n")[:5]) in README.replace("\n    ", "\n")
     if script == "sgdr.py":
         for i, gradient in re.findall(r"run (\d+), (\w+)", run.stdout):
             assert gradient == train.gradient_source(train.Settings(), int(i), 0)
 
 
-@pytest.mark.parametrize("snippet", [pytest.param(snippet, marks=[SLOW] if "episodes" in snippet else [])
-                                     for snippet in re.findall(r"```python\n(.*?)```", README, re.S)])
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        pytest.param(snippet, marks=[SLOW] if "episodes" in snippet else [])
+        for snippet in re.findall(r"```python\n(.*?)```", README, re.S)
+    ],
+)
 def test_readme_snippets_run(snippet, capsys, corpus, tmp_path, monkeypatch):
     """Each runs as it stands, but for the words of the text, and prints what its comments say it prints."""
     succeed("--data", corpus, *TINY, "--epochs", 1, "--out", tmp_path / "trainings" / "mine")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet.replace("the state of the", "w1 w2 w3"), "README.md", "exec"), {})
-    assert capsys.readouterr().out.split("\n")[:-1] == re.findall(r"^print.*?  # (.*)$", snippet, re.M)
+    assert capsys.readouterr().out.split("\n")[:-1] == re.findall(
+        r"^print.*?  # (.*)$", snippet, re.M
+    )
 
 
-@pytest.mark.parametrize("path", ["README.md", "experiments/README.md", "experiments/logs/README.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "experiments/README.md", "experiments/logs/README.md"]
+)
 def test_commands_and_links_of_the_readmes(path):
     """Each train.py command is one that train.py understands, and each link leads somewhere."""
     text = (HERE / path).read_text(encoding="utf-8")
@@ -1704,12 +2203,17 @@ def test_the_recipe_is_what_the_search_found():
         for epochs in ("15", "5"):
             mine, found = report.having(rows, data="ptb", method=method, epochs=epochs), {}
             for (rate, _), its in report.groups(mine, "lr", "seed").items():
-                found.setdefault(float(rate), []).append(min(report.numbers(its, "valid_perplexity")))
+                found.setdefault(float(rate), []).append(
+                    min(report.numbers(its, "valid_perplexity"))
+                )
             if len(found) > 1:
                 break
         valid = {rate: statistics.mean(its) for rate, its in found.items()}
         lr = reproduce.settings(reproduce.arguments("small", "ptb", method, int(epochs))).lr
-        assert len(valid) > 1 and valid[lr] == min(valid.values()), (method, valid)     # two may be as good
+        assert len(valid) > 1 and valid[lr] == min(valid.values()), (
+            method,
+            valid,
+        )  # two may be as good
 
 
 @SLOW
@@ -1725,11 +2229,17 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
     tables = {path.stem: study.read(path) for path in tmp_path.glob("*.csv")}
     methods = ["bptt", "dni", "alternating", "restart", "dni-restart"]
     assert [row["method"] for row in tables["agreement"]] == methods
-    assert not any(report.numbers(tables["agreement"], "differs_by"))   # a CPU beside the same
+    assert not any(report.numbers(tables["agreement"], "differs_by"))  # a CPU beside the same
     ended = {row["method"]: row for row in tables["trainings"]}
-    assert list(ended) == methods and all(float(row["test_perplexity"]) < 10 for row in ended.values())
-    assert {row["epoch"] for row in ended.values()} == {row["epochs planned"] for row in ended.values()}
-    assert {"bptt plain", "dni compiled", "nn.LSTM layer"} < {row["what"] for row in tables["steps"]}
+    assert list(ended) == methods and all(
+        float(row["test_perplexity"]) < 10 for row in ended.values()
+    )
+    assert {row["epoch"] for row in ended.values()} == {
+        row["epochs planned"] for row in ended.values()
+    }
+    assert {"bptt plain", "dni compiled", "nn.LSTM layer"} < {
+        row["what"] for row in tables["steps"]
+    }
     assert len(tables["sharing"]) == 2 and "passed" in (tmp_path / "tests.txt").read_text()
     assert "dni compiled" in (tmp_path / "profile.txt").read_text() and "TFLOP/s" in said
 
@@ -1743,16 +2253,27 @@ def test_results_are_what_the_logs_say():
     assert (study.HERE / "results.md").read_text(encoding="utf-8") == results
     assert report.with_tables(README, logs) == README
     assert README.count("written by experiments/report.py -->") == 2
-    prose = re.sub(r"```.*?```", "", (study.HERE / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    cells = re.findall(r"[\d.]+", "\n".join(line for line in results.split("\n") if line.startswith("|")))
+    prose = re.sub(
+        r"```.*?```", "", (study.HERE / "README.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    cells = re.findall(
+        r"[\d.]+", "\n".join(line for line in results.split("\n") if line.startswith("|"))
+    )
     found = re.findall(r"\d+\.\d+|\d+/\d+", prose)
     assert len(found) > 30 and {x for number in found for x in number.split("/")} <= set(cells)
 
 
 def test_the_tables_say_what_a_hand_would():
     """Means and deviations are over seeds, and differences within a seed."""
-    rows = [dict(method=method, seed=seed, test_perplexity=tested, seconds="90") for method, seed, tested in (
-        ("bptt", "1", "9"), ("bptt", "2", "11"), ("dni", "1", "1"), ("dni", "2", "0.5"))]
+    rows = [
+        dict(method=method, seed=seed, test_perplexity=tested, seconds="90")
+        for method, seed, tested in (
+            ("bptt", "1", "9"),
+            ("bptt", "2", "11"),
+            ("dni", "1", "1"),
+            ("dni", "2", "0.5"),
+        )
+    ]
     text = report.methods_table(rows, rows[:1])
     assert "|truncated BPTT|62.78|72.6|10.00 ± 1.41||2|9.00|" in text
     assert "|neuron-wise DNI|62.42|72.37|0.75 ± 0.35|-9.25 ± 1.77 from truncated BPTT|2|-|" in text

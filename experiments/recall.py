@@ -32,8 +32,8 @@ from torch import nn
 from data import episodes
 from dni import Interface, LayerDNI, NeuronDNI
 
-T, B, NEURONS, QUERY, CLIP = 10, 32, 64, 12, 1.0                        # 4 symbols, 8 fillers, the query: 12
-PULL = Interface(NeuronDNI()).pull                                      # dni.py's default
+T, B, NEURONS, QUERY, CLIP = 10, 32, 64, 12, 1.0  # 4 symbols, 8 fillers, the query: 12
+PULL = Interface(NeuronDNI()).pull  # dni.py's default
 WITH_G = ("linear", "layer", "neuron")
 CELLS = {"qrnn": None, "gru": nn.GRU, "lstm": nn.LSTM}
 UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4, 1e-5), (100, 101)
@@ -46,7 +46,7 @@ class Cell(nn.Module):
         super().__init__()
         self.rnn, self.states = kind(NEURONS, NEURONS), 2 if kind is nn.LSTM else 1
         if kind is nn.LSTM:
-            nn.init.constant_(self.rnn.bias_ih_l0[NEURONS:2 * NEURONS].data, 2.0)           # forget little
+            nn.init.constant_(self.rnn.bias_ih_l0[NEURONS : 2 * NEURONS].data, 2.0)  # forget little
 
     def forward(self, x, state=None):
         s = state and tuple(c[None] for c, _ in state)
@@ -58,35 +58,45 @@ class Cell(nn.Module):
 def test(model, inputs, targets):
     """Accuracy of the answers, but for the first quarter of the text."""
     right = model.logits(inputs)[0].argmax(-1) == targets
-    return right[len(inputs) // 4:][inputs[len(inputs) // 4:] == QUERY].double().mean().item()
+    return right[len(inputs) // 4 :][inputs[len(inputs) // 4 :] == QUERY].double().mean().item()
 
 
 def one(case, updates=UPDATES, alpha=ALPHA):
     """Train and test. Returns one row; of a cell, with the mean size of its last state."""
     train.keep_freed_memory()
     arm, b, seed, answers = case["arm"], case["borders"], case["seed"], case["counts"] == "answers"
-    inputs, targets = episodes(b * T - 1, updates * T, 2 * (b * T + 2) if answers else B, seed, answers)
+    inputs, targets = episodes(
+        b * T - 1, updates * T, 2 * (b * T + 2) if answers else B, seed, answers
+    )
     test_text = episodes(b * T - 1, 24 * T, 4 * (b * T + 2), seed + 1000, answers)
     torch.manual_seed(seed)
     dni, kind = None, CELLS[case.get("cell", "qrnn")]
     if arm in WITH_G:
         sizes = [NEURONS] * (2 if kind is nn.LSTM else 1)
         g = NeuronDNI() if arm == "neuron" else LayerDNI(sizes, 50 if arm == "layer" else 0)
-        dni = Interface(g, torch.optim.Adam(g.parameters(), case["rate"]), alpha, pull=case.get("pull", 0.0))
-    torch.manual_seed(seed)                                             # the same model for all
+        dni = Interface(
+            g, torch.optim.Adam(g.parameters(), case["rate"]), alpha, pull=case.get("pull", 0.0)
+        )
+    torch.manual_seed(seed)  # the same model for all
     model = study.Reader(QUERY + 1, NEURONS, NEURONS, forget=2.0)
     model.rnn = model.rnn if kind is None else Cell(kind)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     state, recent, began = None, [], time.monotonic()
     for x, y in zip(inputs.split(T), targets.split(T)):
         if arm == "full":
-            recent = [*recent, (x, y, state)][-b - 1:]
+            recent = [*recent, (x, y, state)][-b - 1 :]
             state = study.full_update(model, optimizer, recent, CLIP)
         else:
             _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, CLIP)
     size = {"size": round(state[-1][0].abs().mean().item(), 3)} if "cell" in case else {}
-    return [{**case, "accuracy": round(test(model, *test_text), 4), **size,
-             "seconds": round(time.monotonic() - began, 1)}]
+    return [
+        {
+            **case,
+            "accuracy": round(test(model, *test_text), 4),
+            **size,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+    ]
 
 
 def best_rate(rows, counts, arm, b):
@@ -105,17 +115,41 @@ def main():
     parser.add_argument("--cells", action="store_true", help="compare recurrent networks")
     a, log, arms = parser.parse_args(), study.LOGS / "recall.csv", ("bptt", "full", *WITH_G)
     if a.cells:
-        return study.run(study.LOGS / "recall-cells.csv", functools.partial(one, updates=1500, alpha=1.0), [
-            dict(counts="answers", arm=arm, rate=1e-4, borders=1, seed=seed, cell=cell, pull=pull)
-            for seed in a.seeds for cell in CELLS for arm in ("bptt", *WITH_G)
-            for pull in ((0.0, PULL) if cell == "lstm" and arm in WITH_G else (0.0,))])
+        return study.run(
+            study.LOGS / "recall-cells.csv",
+            functools.partial(one, updates=1500, alpha=1.0),
+            [
+                dict(
+                    counts="answers", arm=arm, rate=1e-4, borders=1, seed=seed, cell=cell, pull=pull
+                )
+                for seed in a.seeds
+                for cell in CELLS
+                for arm in ("bptt", *WITH_G)
+                for pull in ((0.0, PULL) if cell == "lstm" and arm in WITH_G else (0.0,))
+            ],
+        )
     cells = [(counts, arm, b) for b in (1, 2, 3) for counts in ("all", "answers") for arm in arms]
-    study.run(log, one, [dict(counts=counts, arm=arm, rate=rate, borders=b, seed=seed)
-                         for seed in SEARCH_SEEDS for counts, arm, b in cells for rate in RATES
-                         if arm in WITH_G])
+    study.run(
+        log,
+        one,
+        [
+            dict(counts=counts, arm=arm, rate=rate, borders=b, seed=seed)
+            for seed in SEARCH_SEEDS
+            for counts, arm, b in cells
+            for rate in RATES
+            if arm in WITH_G
+        ],
+    )
     rows = study.read(log)
-    study.run(log, one, [dict(counts=counts, arm=arm, rate=best_rate(rows, counts, arm, b), borders=b,
-                              seed=seed) for seed in a.seeds for counts, arm, b in cells])
+    study.run(
+        log,
+        one,
+        [
+            dict(counts=counts, arm=arm, rate=best_rate(rows, counts, arm, b), borders=b, seed=seed)
+            for seed in a.seeds
+            for counts, arm, b in cells
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -21,23 +21,27 @@ import sys
 import study
 import train
 
-METHODS = {"bptt": ["--mode", "bptt"],
-           "dni": ["--mode", "dni"],
-           "cosine": ["--mode", "restart"],
-           "restart": ["--mode", "restart"],
-           "dni-restart": ["--mode", "restart", "--gradient", "synthetic"],
-           "alternating": ["--mode", "alternating"]}
+METHODS = {
+    "bptt": ["--mode", "bptt"],
+    "dni": ["--mode", "dni"],
+    "cosine": ["--mode", "restart"],
+    "restart": ["--mode", "restart"],
+    "dni-restart": ["--mode", "restart", "--gradient", "synthetic"],
+    "alternating": ["--mode", "alternating"],
+}
 # (corpus, method, epochs, seeds, rates)
-SEARCH = [("ptb", "bptt", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
-          ("ptb", "bptt", 15, (42,), (3e-3, 4e-3, 6e-3)),
-          ("ptb", "dni", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
-          ("ptb", "cosine", 15, (42,), (6e-3, 1e-2, 1.5e-2, 2e-2)),
-          ("ptb", "cosine", 15, (43, 44), (1e-2, 1.5e-2)),
-          ("ptb", "restart", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
-          ("ptb", "restart", 15, (42,), (1e-2, 1.5e-2)),
-          ("ptb", "dni-restart", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
-          ("ptb", "alternating", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
-          ("pydoc", "alternating", 15, (42,), (6e-3, 1e-2))]
+SEARCH = [
+    ("ptb", "bptt", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
+    ("ptb", "bptt", 15, (42,), (3e-3, 4e-3, 6e-3)),
+    ("ptb", "dni", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
+    ("ptb", "cosine", 15, (42,), (6e-3, 1e-2, 1.5e-2, 2e-2)),
+    ("ptb", "cosine", 15, (43, 44), (1e-2, 1.5e-2)),
+    ("ptb", "restart", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
+    ("ptb", "restart", 15, (42,), (1e-2, 1.5e-2)),
+    ("ptb", "dni-restart", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
+    ("ptb", "alternating", 5, (42,), (4e-3, 6e-3, 1e-2, 1.5e-2)),
+    ("pydoc", "alternating", 15, (42,), (6e-3, 1e-2)),
+]
 
 
 def settings(options):
@@ -75,11 +79,21 @@ def one(scale, case):
     if "lr" in case:
         options += ["--lr", case["lr"]]
     folder = study.ROOT / "trainings" / "-".join(map(str, ["reproduce", scale, *case.values()]))
-    command = [sys.executable, study.ROOT / "train.py", *options, "--seed", case["seed"], "--compile",
-               "--resume", folder]
+    command = [
+        sys.executable,
+        study.ROOT / "train.py",
+        *options,
+        "--seed",
+        case["seed"],
+        "--compile",
+        "--resume",
+        folder,
+    ]
     process = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        sys.exit(f"{case}: train.py ended with status {process.returncode}; the same command goes on")
+        sys.exit(
+            f"{case}: train.py ended with status {process.returncode}; the same command goes on"
+        )
     tested = process.stdout.split()[-1]
     return [{**case, **row, "test_perplexity": tested} for row in study.read(folder / "log.csv")]
 
@@ -90,17 +104,27 @@ def main():
     parser.add_argument("--scale", choices=("small", "paper"), default="small")
     parser.add_argument("--data", choices=("ptb", "wt2", "pydoc"), default="ptb")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper"
+    )
     a = parser.parse_args()
     if a.search:
-        cases = [dict(data=data, method=method, epochs=epochs, lr=rate, seed=seed)
-                 for data, method, epochs, seeds, rates in SEARCH for seed in seeds for rate in rates
-                 if data == a.data and method in a.methods]
+        cases = [
+            dict(data=data, method=method, epochs=epochs, lr=rate, seed=seed)
+            for data, method, epochs, seeds, rates in SEARCH
+            for seed in seeds
+            for rate in rates
+            if data == a.data and method in a.methods
+        ]
         study.run(study.LOGS / "search.csv", functools.partial(one, "small"), cases)
     else:
         seeds = a.seeds or ((42, 43, 44) if a.scale == "small" else (42,))
-        cases = [dict(data=a.data, method=method, seed=seed) for seed in seeds for method in a.methods]
-        study.run(study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases)
+        cases = [
+            dict(data=a.data, method=method, seed=seed) for seed in seeds for method in a.methods
+        ]
+        study.run(
+            study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases
+        )
 
 
 if __name__ == "__main__":

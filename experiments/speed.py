@@ -19,8 +19,8 @@ from torch import nn
 
 from qrnn import QRNN, pool, pool_loop
 
-torch._dynamo.config.recompile_limit = 64                               # all contestants in one process
-VOCABULARY = 10_000                                                     # PTB's
+torch._dynamo.config.recompile_limit = 64  # all contestants in one process
+VOCABULARY = 10_000  # PTB's
 
 
 def seconds(function, device, times=1):
@@ -41,7 +41,7 @@ def table(title, contestants, rounds, device):
         times[name].append(seconds(function, device))
     first = next(iter(times.values()))
     print(f"\n{title}\n\n|  | ms | times |\n|---|---|---|")
-    for name, its in times.items():                                     # without the first three rounds
+    for name, its in times.items():  # without the first three rounds
         ratio = statistics.median(a / b for a, b in zip(its[3:], first[3:]))
         print(f"| {name} | {1e3 * statistics.median(its[3:]):,.2f} | {ratio:.2f} |", flush=True)
 
@@ -54,8 +54,10 @@ def shapes_of(settings):
 
 def products(shapes, rows, kind, device):
     """The products of layers y = x W^T, forward and backward. shapes: [(inputs, outputs)]; rows of x: T B."""
-    layers = [[torch.randn(shape, device=device).to(kind) for shape in ((rows, i), (o, i), (rows, o))]
-              for i, o in shapes]
+    layers = [
+        [torch.randn(shape, device=device).to(kind) for shape in ((rows, i), (o, i), (rows, o))]
+        for i, o in shapes
+    ]
     return lambda: [(x @ w.t(), dy.t() @ x, dy @ w) for x, w, dy in layers]
 
 
@@ -69,6 +71,7 @@ def both_ways(function, inputs, size, autocast, device, parameters=()):
             y = function(*inputs)
             y = y if torch.is_tensor(y) else y[0]
         torch.autograd.grad(y, [*inputs, *parameters], G.to(y.dtype))
+
     return once
 
 
@@ -85,18 +88,35 @@ def step(settings, form, autocast, device):
     model, optimizer, dni = train.build(settings, VOCABULARY, device)
     if form == "compiled":
         train.compile_modules([model] if dni is None else [model, dni.g])
-    text, state = torch.randint(VOCABULARY, (settings.chunk + 1, settings.batch_size), device=device), None
+    text, state = (
+        torch.randint(VOCABULARY, (settings.chunk + 1, settings.batch_size), device=device),
+        None,
+    )
 
     def once():
         nonlocal state
-        _, state = train.train_step(model, optimizer, dni, text[:-1], text[1:], state, dni is not None,
-                                    settings.clip, autocast)
+        _, state = train.train_step(
+            model,
+            optimizer,
+            dni,
+            text[:-1],
+            text[1:],
+            state,
+            dni is not None,
+            settings.clip,
+            autocast,
+        )
+
     return once
 
 
 def main():
-    parser = argparse.ArgumentParser(description="How fast, against its matrix products and nn.LSTM?")
-    parser.add_argument("--sizes", nargs="+", choices=("small", "paper"), default=("small", "paper"))
+    parser = argparse.ArgumentParser(
+        description="How fast, against its matrix products and nn.LSTM?"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=("small", "paper"), default=("small", "paper")
+    )
     parser.add_argument("--rounds", type=int, default=7)
     a = parser.parse_args()
     train.keep_freed_memory()
@@ -104,18 +124,33 @@ def main():
     print(f"{study.machine()}; torch {torch.__version__}; {a.rounds} rounds")
     for preset in a.sizes:
         s = train.preset(preset, "bptt", "ptb")
-        H, rows, size = s.hidden_size, s.chunk * s.batch_size, (s.chunk, s.batch_size, s.hidden_size)
-        contestants = {form.__name__: both_ways(form, (size, size, size[1:]), size, contextlib.nullcontext(),
-                                                device) for form in (pool, pool_loop)}
+        H, rows, size = (
+            s.hidden_size,
+            s.chunk * s.batch_size,
+            (s.chunk, s.batch_size, s.hidden_size),
+        )
+        contestants = {
+            form.__name__: both_ways(
+                form, (size, size, size[1:]), size, contextlib.nullcontext(), device
+            )
+            for form in (pool, pool_loop)
+        }
         title = f"The pooling alone, fp32, the loop under autograd; T, B, H = {size}"
         table(title, contestants, a.rounds, device)
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             autocast = torch.autocast(device, kind, kind != torch.float32)
-            contestants = {"products": products([(H, 3 * H)], rows, kind, device),
-                           "nn.LSTM": layer(nn.LSTM, size, autocast, device),
-                           "QRNN": layer(QRNN, size, autocast, device),
-                           "QRNN, compiled": layer(QRNN, size, autocast, device, compiled=True)}
-            table(f"One layer, forward and backward, {name}; T, B, H = {size}", contestants, a.rounds, device)
+            contestants = {
+                "products": products([(H, 3 * H)], rows, kind, device),
+                "nn.LSTM": layer(nn.LSTM, size, autocast, device),
+                "QRNN": layer(QRNN, size, autocast, device),
+                "QRNN, compiled": layer(QRNN, size, autocast, device, compiled=True),
+            }
+            table(
+                f"One layer, forward and backward, {name}; T, B, H = {size}",
+                contestants,
+                a.rounds,
+                device,
+            )
             contestants = {"products": products(shapes_of(s), rows, kind, device)}
             for form, mode in itertools.product(("plain", "compiled"), ("bptt", "dni")):
                 settings = train.preset(preset, mode, "ptb")

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "experiments"
 LOGS = HERE / "logs"
 sys.path.insert(0, str(ROOT))
-import train                                                            # noqa: E402
-from qrnn import QRNN                                                   # noqa: E402
+import train  # noqa: E402
+from qrnn import QRNN  # noqa: E402
 
 
 def read(path):
@@ -53,7 +53,11 @@ def run(log, function, cases):
     done = {tuple(row[name] for name in case) for case in cases[:1] for row in rows}
     left = [case for case in cases if tuple(map(str, case.values())) not in done]
     print(f"{log.name}: {len(left)} of {len(cases)} cases to do", flush=True)
-    origin = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "machine": machine()}
+    origin = {
+        "command": " ".join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "machine": machine(),
+    }
     for n, case in enumerate(left, 1):
         rows += function(case)
         write(log, rows)
@@ -61,7 +65,9 @@ def run(log, function, cases):
         if origin not in origins:
             note.write_text(json.dumps([*origins, origin], indent=1) + "\n")
         seconds = int((time.monotonic() - began) / n * (len(left) - n))
-        print(f"{n} of {len(left)}, {datetime.timedelta(seconds=seconds)} left:", *rows[-1].values())
+        print(
+            f"{n} of {len(left)}, {datetime.timedelta(seconds=seconds)} left:", *rows[-1].values()
+        )
 
 
 def machine():
@@ -75,6 +81,7 @@ def machine():
 
 # ---------------------------------------------------------------------- a model, and gradients across borders
 
+
 class Reader(nn.Module):
     """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is.
 
@@ -87,7 +94,7 @@ class Reader(nn.Module):
         self.rnn = QRNN(embedding_size, hidden_size)
         self.decoder = nn.Linear(hidden_size, vocabulary_size)
         with torch.no_grad():
-            self.rnn.layers[0].bias[hidden_size:2 * hidden_size] += forget
+            self.rnn.layers[0].bias[hidden_size : 2 * hidden_size] += forget
 
     def logits(self, tokens, state=None):
         h, state = self.rnn(self.embedding(tokens), state)
@@ -99,8 +106,12 @@ class Reader(nn.Module):
         nll is a sum over the targets that are not -100, divided by T B: the unit of dni.py.
         """
         logits, state = self.logits(tokens, state)
-        logits = logits[-len(targets):].flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="sum") / targets.numel(), 0.0, state
+        logits = logits[-len(targets) :].flatten(0, 1)
+        return (
+            F.cross_entropy(logits, targets.flatten(), reduction="sum") / targets.numel(),
+            0.0,
+            state,
+        )
 
 
 def full_update(model, optimizer, recent, clip, autocast=contextlib.nullcontext()):

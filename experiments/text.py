@@ -34,7 +34,7 @@ import data
 from dni import Interface, LayerDNI, NeuronDNI
 
 EMBEDDING, HIDDEN, B, REACH, CLIP = 64, 256, 32, 40, 1.0
-UPDATES, WORDS = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}, (5, 20, 70)           # on characters, by T; T
+UPDATES, WORDS = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}, (5, 20, 70)  # on characters, by T; T
 WITHOUT_G, WITH_G = ("bptt", "full", "twice"), ("linear", "mlp", "neuron")
 
 
@@ -48,7 +48,7 @@ def build(case, vocabulary_size):
     if arm in ("neuron", "neuron4"):
         g = NeuronDNI()
     else:
-        g = LayerDNI([HIDDEN], HIDDEN if arm == "mlp" else 0)           # 0: one linear map
+        g = LayerDNI([HIDDEN], HIDDEN if arm == "mlp" else 0)  # 0: one linear map
     g_optimizer = torch.optim.Adam(g.parameters(), case["rate"], fused=True)
     return model, optimizer, Interface(g, g_optimizer, case["alpha"], 4 if arm == "neuron4" else 1)
 
@@ -61,20 +61,28 @@ def one(case, name="ptb-chars", parts=10):
     _, autocast = train.pick_device("cpu", "auto" if name == "ptb" else "fp32")
     updates = UPDATES[T] if name == "ptb-chars" else len(inputs) // T // parts * parts
     model, optimizer, dni = build(case, len(corpus.vocabulary))
-    reach = max(REACH // T, 2) if arm == "full" else 2                  # in chunks
+    reach = max(REACH // T, 2) if arm == "full" else 2  # in chunks
     state, recent, rows, began = None, [], [], time.monotonic()
     for n in range(1, updates + 1):
         start = (n - 1) * T % (len(inputs) - T)
-        x, y = inputs[start:start + T], targets[start:start + T]
+        x, y = inputs[start : start + T], targets[start : start + T]
         if arm in ("full", "twice"):
             recent = [*recent, (x, y, state)][-reach:]
             state = study.full_update(model, optimizer, recent, CLIP, autocast)
         else:
-            _, state = train.train_step(model, optimizer, dni, x, y, state, dni is not None, CLIP, autocast)
+            _, state = train.train_step(
+                model, optimizer, dni, x, y, state, dni is not None, CLIP, autocast
+            )
         if n % (updates // parts) == 0:
             bits = train.evaluate(model, corpus.valid[:200_001], B, autocast) / math.log(2)
-            rows.append({**case, "updates": n, "bits": round(bits, 4),
-                         "seconds": round(time.monotonic() - began, 1)})
+            rows.append(
+                {
+                    **case,
+                    "updates": n,
+                    "bits": round(bits, 4),
+                    "seconds": round(time.monotonic() - began, 1),
+                }
+            )
     return rows
 
 
@@ -82,7 +90,9 @@ def best_rates(rows):
     """{arm: the rate with the fewest bits at the end, at T = 2 and 5 together}; α = 1, seed 0."""
     found, best = {}, {}
     for row in rows:
-        searched = row["T"] in ("2", "5") and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0")
+        searched = (
+            row["T"] in ("2", "5") and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0")
+        )
         if searched and int(row["updates"]) == UPDATES[int(row["T"])]:
             found.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
     for bits, arm, rate in sorted((sum(its), *key) for key, its in found.items() if len(its) == 2):
@@ -92,25 +102,61 @@ def best_rates(rows):
 
 def cases(which, best):
     """The cases of a study. best: {arm: rate}. A column that means nothing to an arm is empty."""
+
     def case(arm, T, seed, rate="", alpha=1.0):
         with_g = arm not in WITHOUT_G
-        return dict(arm=arm, T=T, alpha=alpha if with_g else "", rate=rate or best[arm] if with_g else "",
-                    seed=seed)
-    rates, arms = (1e-4, 1e-3, 1e-5, 1e-2, 1e-6), (*WITHOUT_G, *(arm for arm in WITH_G if arm in best))
-    return {"rates": [case(arm, T, 0, rate) for T in (2, 5) for arm in ("bptt", "full", *WITH_G)
-                      for rate in (rates if arm in WITH_G else rates[:1])],
-            "T": [case(arm, T, seed) for seed in range(1, 6) for T in UPDATES for arm in arms
-                  if arm != "neuron" or seed <= 3],
-            "alpha": [case(arm, T, seed, alpha=alpha) for seed in (1, 2) for alpha in (0.1, 0.9)
-                      for T in (2, 5) for arm in arms if arm in ("linear", "mlp")],
-            "memory": [case("neuron4", 2, 0, rate) for rate in (1e-3, 1e-4)],
-            "words": [case(arm, T, seed) for seed in (1, 2, 3) for T in WORDS for arm in arms
-                      if arm != "twice" or T == 5]}[which]
+        return dict(
+            arm=arm,
+            T=T,
+            alpha=alpha if with_g else "",
+            rate=rate or best[arm] if with_g else "",
+            seed=seed,
+        )
+
+    rates, arms = (
+        (1e-4, 1e-3, 1e-5, 1e-2, 1e-6),
+        (*WITHOUT_G, *(arm for arm in WITH_G if arm in best)),
+    )
+    return {
+        "rates": [
+            case(arm, T, 0, rate)
+            for T in (2, 5)
+            for arm in ("bptt", "full", *WITH_G)
+            for rate in (rates if arm in WITH_G else rates[:1])
+        ],
+        "T": [
+            case(arm, T, seed)
+            for seed in range(1, 6)
+            for T in UPDATES
+            for arm in arms
+            if arm != "neuron" or seed <= 3
+        ],
+        "alpha": [
+            case(arm, T, seed, alpha=alpha)
+            for seed in (1, 2)
+            for alpha in (0.1, 0.9)
+            for T in (2, 5)
+            for arm in arms
+            if arm in ("linear", "mlp")
+        ],
+        "memory": [case("neuron4", 2, 0, rate) for rate in (1e-3, 1e-4)],
+        "words": [
+            case(arm, T, seed)
+            for seed in (1, 2, 3)
+            for T in WORDS
+            for arm in arms
+            if arm != "twice" or T == 5
+        ],
+    }[which]
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Which synthetic gradient helps on text, at what rate?")
-    parser.add_argument("--study", required=True, choices=("rates", "T", "alpha", "memory", "words"))
+    parser = argparse.ArgumentParser(
+        description="Which synthetic gradient helps on text, at what rate?"
+    )
+    parser.add_argument(
+        "--study", required=True, choices=("rates", "T", "alpha", "memory", "words")
+    )
     which = parser.parse_args().study
     words = "text-words", functools.partial(one, name="ptb", parts=5)
     log, function = words if which == "words" else ("text", one)
