@@ -114,7 +114,7 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
     if name == "pydoc":
         return pydoc()
     if name == "recall":
-        return recall(delay)
+        return make_recall(delay)
     text = {}
     try:
         for split, path in find(name, data_dir).items():
@@ -164,7 +164,7 @@ def pydoc():
     return from_lines("pydoc", splits, min_count=2)
 
 
-def recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
+def make_recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
     """A language of `count` episodes: a symbol, `delay` fillers, a query, the symbol again. It needs memory.
 
         S2 f5 f1 f7 f0 f3 f3 | f6 f2 f4 ? S2       delay 9, and a border | between chunks of T = 10
@@ -198,7 +198,7 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     answers_only   all targets but the answers are -100, which torch's cross entropy leaves out
     """
     length = steps + (1 - steps) % (delay + 3)  # one more than whole episodes: see above
-    text = recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
+    text = make_recall(delay, symbols, fillers, batch_size * length // (delay + 3) + 10, seed).train
     inputs, targets = (
         part[:steps] for part in streams(text[: batch_size * length + 1], batch_size)
     )

@@ -94,10 +94,10 @@ class Interface:
     Where a text begins, the state_dicts of g and optimizer are all that a checkpoint needs.
     """
 
-    def __init__(self, g, optimizer=None, alpha=1.0, borders=1, pull=0.01):
+    def __init__(self, g, optimizer=None, alpha=1.0, borders=1, penalty=0.01):
         if borders < 1:
             raise ValueError(f"borders must be at least 1, got {borders}")
-        self.g, self.alpha, self.borders, self.pull = g, alpha, borders, pull
+        self.g, self.alpha, self.borders, self.penalty = g, alpha, borders, penalty
         self.optimizer = optimizer or torch.optim.Adam(g.parameters(), 1e-4)
         if not {p for group in self.optimizer.param_groups for p in group["params"]} <= set(
             g.parameters()
@@ -112,29 +112,29 @@ class Interface:
         self.memory = self.pending = self.factor = None
         self.past = []  # the last borders: [(s, h_g before it)]
 
-    def credit(self, s, s_next, tokens_per_chunk, use_synthetic=True):
+    def credit(self, s, s_next, tokens_per_chunk, synthetic=True):
         """Ask g about s_k and s_{k+1}. Returns what to add to the loss: α / (T B) Σ δ^_{k+1} s_{k+1}.
 
         s: the leaves that the chunk began with, new ones for each chunk: a list of (B, H_l), each requiring a
             gradient; None where a text begins and nothing is to be predicted.
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
-        use_synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and target_k
+        synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and target_k
             holds the T true steps alone.
 
         Raises ValueError or RuntimeError for a wrong shape, graph or order of calls.
         """
-        self.check(s, s_next, use_synthetic)
+        self.check(s, s_next, synthetic)
         predicted = None if s is None else self.predict(s)
-        self.pending, self.factor = (predicted, s, tokens_per_chunk, use_synthetic), None
-        if not use_synthetic:
+        self.pending, self.factor = (predicted, s, tokens_per_chunk, synthetic), None
+        if not synthetic:
             return self.watched(s_next[0].new_zeros((), requires_grad=True))
         future = self.synthesize(s_next)  # δ^_{k+1}
         injected = (
             self.alpha / tokens_per_chunk * sum((d * c).sum() for d, c in zip(future, s_next))
         )
         excess = [F.softshrink(c.detach(), 1.0) for c in s_next]  # 0 within [-1, 1] (departure 23)
-        pull = self.pull / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
+        pull = self.penalty / tokens_per_chunk * sum((e * c).sum() for e, c in zip(excess, s_next))
         return self.watched(injected + pull)
 
     def watched(self, term):
@@ -192,7 +192,7 @@ class Interface:
         target = [unit * c.grad for c in s]  # target_k
         return regress(self.optimizer, predicted, target)
 
-    def check(self, s, s_next, use_synthetic):
+    def check(self, s, s_next, synthetic):
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
         if self.pending is not None:
             raise RuntimeError(
@@ -210,7 +210,7 @@ class Interface:
         shapes = [[tuple(c.shape) for c in x or ()] for x in (s, s_next)]
         if s and shapes[0] != shapes[1]:
             raise ValueError(f"s and s_next must have the same shapes, got {shapes}")
-        if use_synthetic and not all(c.requires_grad for c in s_next):
+        if synthetic and not all(c.requires_grad for c in s_next):
             raise ValueError(
                 "s_next has no graph: call credit() before detaching it, not under no_grad"
             )

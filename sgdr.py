@@ -14,7 +14,7 @@ Glossary
     name       symbol       unit       meaning
     index      i            -          of the run: 0 before the first restart, then 1, 2, ...
     elapsed    E_cur        epochs     since the last restart
-    length     E_i          epochs     of run i: mult^i * base, or the distance between two given restarts
+    length     E_i          epochs     of run i: mult^i * base
     base       E_base       epochs     length of run 0
     eta_min    eta_min_i    -          learning rate at the end of run i
     eta_max    eta_max_i    -          learning rate at its beginning
@@ -40,30 +40,27 @@ class Run(NamedTuple):
     length: float  # E_i, epochs
 
 
-def run_at(epoch, base=1, mult=2, restarts=()):
+def run_at(epoch, base=1, mult=2):
     """The run that a moment lies in, how long it has lasted, and how long it is: Run(i, E_cur, E_i).
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
     base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
-    restarts: the epochs of the restarts, rising, in the place of base and mult; the authors' code has
-        (5, 10, 20, 40, 80, 160, 320). After the last of them come runs as long as the one before it.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run 2 begins
     at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
-    Raises ValueError for a negative epoch, base <= 0, mult < 1 or restarts that do not rise from above 0.
+    Raises ValueError for a negative epoch, base <= 0 or mult < 1.
     """
-    restarts = list(restarts)
-    lengths = [later - earlier for earlier, later in zip((0, *restarts), restarts)]
-    if not 0 <= epoch < math.inf or base <= 0 or mult < 1 or any(length <= 0 for length in lengths):
+    if not 0 <= epoch < math.inf or base <= 0 or mult < 1:
         raise ValueError(
-            "epoch >= 0, base > 0, mult >= 1 and restarts that rise from above 0 are needed, "
-            f"got {epoch}, {base}, {mult}, {tuple(restarts)}"
+            f"epoch >= 0, base > 0 and mult >= 1 are needed, got {epoch}, {base}, {mult}"
         )
-    start, length = 0, lengths[0] if restarts else base
+    start = 0
+    length = base
     for i in itertools.count():  # leave run 0 behind, then run 1, ...
         end = start + length
         if epoch < end and not math.isclose(epoch, end, rel_tol=1e-12):
             return Run(i, max(epoch - start, 0), length)
-        start, length = end, lengths[min(i + 1, len(lengths) - 1)] if restarts else length * mult
+        start = end
+        length = length * mult
 
 
 class SGDR(LRScheduler):
@@ -71,7 +68,7 @@ class SGDR(LRScheduler):
 
     eta_min: a number, or a sequence with one a run (the last serves all later runs).
     eta_max: likewise; None takes each parameter group's own learning rate. Not checked to be above eta_min.
-    base, mult, restarts: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
+    base, mult: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
     last_epoch: as in PyTorch's schedulers.
 
     step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
@@ -81,17 +78,15 @@ class SGDR(LRScheduler):
     optimiser's state_dict and SGDR's. The alternation of gradients reads `run.index`.
     """
 
-    def __init__(
-        self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, restarts=(), last_epoch=-1
-    ):
-        self.base, self.mult, self.restarts = base, mult, list(restarts)
+    def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, last_epoch=-1):
+        self.base, self.mult = base, mult
         self.eta_min, self.eta_max = eta_min, eta_max
         super().__init__(optimizer, last_epoch)
 
     @property
     def run(self):
         """The Run of the last step."""
-        return run_at(self.last_epoch, self.base, self.mult, self.restarts)
+        return run_at(self.last_epoch, self.base, self.mult)
 
     def get_lr(self):
         return self.rates_at(self.run)
@@ -109,7 +104,7 @@ class SGDR(LRScheduler):
     def step(self, epoch=None):
         """Set the rates for `epoch`, fractional or whole, >= 0. Without `epoch`: one epoch further."""
         epoch = self.last_epoch + 1 if epoch is None else epoch
-        rates = self.rates_at(run_at(epoch, self.base, self.mult, self.restarts))
+        rates = self.rates_at(run_at(epoch, self.base, self.mult))
         groups = self.optimizer.param_groups
         if len(rates) != len(groups):
             raise ValueError(

@@ -83,7 +83,7 @@ def c_of(state):
     return [c for c, _ in state]
 
 
-def settings(mode="bptt", **changes):
+def small_settings(mode="bptt", **changes):
     return dataclasses.replace(train.preset("small", mode, "pydoc"), **changes)
 
 
@@ -91,7 +91,7 @@ def settings(mode="bptt", **changes):
 #
 # The method in 160 lines. It shares nothing with the modules but settings and first weights: it has its own
 # QRNN, g, Adam, clipping, cosine, restarts, chunk lengths and alternation. It is slow, it has no dropout, and
-# no pull: the c of a QRNN stays within [-1, 1].
+# no penalty: the c of a QRNN stays within [-1, 1].
 #
 # It cuts no graph at a border; that of a whole epoch stays in memory. But each chunk has NEW weights, made by
 # the step before, and asks for the derivative in these alone, and in s_k. The older weights acted on the
@@ -162,11 +162,11 @@ def plain_adam(weights, gradients, moments, rate, l2):
 def plain_schedule(s, epoch):
     """(learning rate, run, whether the gradient that crosses borders is synthetic) at a moment, in epochs.
 
-    It knows nine runs, or those between the given restarts.
+    It knows nine runs.
     """
     if s.mode in ("bptt", "dni"):
         return s.lr, 0, s.mode == "dni" and epoch >= s.dni_warmup
-    starts = [0, *s.restarts] if s.restarts else [s.e_base * (2**i - 1) for i in range(9)]
+    starts = [sum(s.e_base * s.mult**i for i in range(n)) for n in range(9)]
     i = max(i for i, start in enumerate(starts) if start <= epoch)
     high, low = (bound[min(i, len(bound) - 1)] for bound in (s.eta_max or (s.lr,), s.eta_min))
     elapsed = (epoch - starts[i]) / (starts[i + 1] - starts[i])  # E_cur / E_i
@@ -196,14 +196,11 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
 
     Returns theta, phi, [(nll, rate, run, synthetic, gradient norm)] of all chunks, [mean nll] of all epochs.
     """
-    (length, B), theta_moments, phi_moments, last_run, chunks, summary = (
-        inputs.shape,
-        {},
-        {},
-        0,
-        [],
-        [],
-    )
+    length, B = inputs.shape
+    theta_moments = {}
+    phi_moments = {}
+    chunks = []
+    summary = []
     N = B * (s.hidden_size * (s.num_layers - 1) + s.embedding_size)  # neurons of all streams
 
     def zeros(*shape):
@@ -217,9 +214,7 @@ def plain_training(theta, phi, inputs, targets, s, epochs):
         total, past = 0.0, []
         for start, stop in plain_chunks(length, s, epoch):
             T, (rate, run, synthetic) = stop - start, plain_schedule(s, epoch + start / length)
-            if run != last_run and s.reset_optimizer:
-                theta_moments = {}
-            last_run, chunk = run, slice(start, stop)
+            chunk = slice(start, stop)
 
             # 1. Forward: chunk k, from s_k to s_{k+1}.
             nll, loss, s_next, x_prev = plain_model(
@@ -290,16 +285,15 @@ BOUNDS = dict(e_base=0.4, eta_max=(0.02, 0.03, 0.01), eta_min=(0.004, 0.0))
     [
         dict(mode="bptt"),
         dict(mode="dni", dni_warmup=0.6, dni_alpha=0.7),
-        dict(mode="restart", restarts=(0.25, 1.5, 2.5, 4.0), eta_max=(0.02, 0.03)),
+        dict(mode="restart", mult=1.5, **BOUNDS),
         dict(
             mode="restart",
             gradient="synthetic",
-            reset_optimizer=True,
             dni_warmup=0.3,
             dni_borders=3,
             **BOUNDS,
         ),
-        dict(mode="alternating", reset_optimizer=True, **BOUNDS),
+        dict(mode="alternating", **BOUNDS),
         dict(mode="alternating", jitter=False, num_layers=3, **BOUNDS),
     ],
     ids=["bptt", "dni", "restart", "restart-synthetic", "alternating", "alternating-3-layers"],
@@ -324,11 +318,9 @@ def test_training_is_the_plain_program(changes, monkeypatch):
     norms = [norm for *_, norm in chunks]
     assert min(norms) < settings.clip < max(norms)  # clipping bites, at times
 
-    def recorded(model, optimizer, dni, x, y, state, use_synthetic, *rest):
-        nll, state = step(model, optimizer, dni, x, y, state, use_synthetic, *rest)
-        seen.append(
-            (nll.item(), optimizer.param_groups[0]["lr"], schedule.run.index, use_synthetic)
-        )
+    def recorded(model, optimizer, dni, x, y, state, synthetic, *rest):
+        nll, state = step(model, optimizer, dni, x, y, state, synthetic, *rest)
+        seen.append((nll.item(), optimizer.param_groups[0]["lr"], schedule.run.index, synthetic))
         return nll, state
 
     monkeypatch.setattr(train, "train_step", recorded)
@@ -549,7 +541,7 @@ def test_a_module_refuses_what_the_command_line_does(make):
 
 
 def test_numbers_may_be_numpys_or_torchs():
-    """Sizes, windows, rates, bounds and restarts: what is made is the same."""
+    """Sizes, windows, rates and bounds: what is made is the same."""
     sizes = [
         [layer.hidden_size for layer in QRNN(5, size, num_layers, window=window).layers]
         for size, num_layers, window in (
@@ -560,15 +552,13 @@ def test_numbers_may_be_numpys_or_torchs():
     ]
     assert sizes == [[4, 4]] * 3 and "4, window=1" in repr(QRNN(5, 4))
     bounds = (
-        ([1.0, 0.5], 0.25, [2, 4]),
-        (np.array([1.0, 0.5]), np.float32(0.25), np.array([2, 4])),
-        (torch.tensor([1.0, 0.5]), torch.tensor(0.25), (2, 4)),
+        ([1.0, 0.5], 0.25),
+        (np.array([1.0, 0.5]), np.float32(0.25)),
+        (torch.tensor([1.0, 0.5]), torch.tensor(0.25)),
     )
     rates = [
-        rates_of(
-            SGDR(optimizer_with(1.0), 2, eta_max=high, eta_min=low, restarts=restarts), (0, 1, 3)
-        )
-        for high, low, restarts in bounds
+        rates_of(SGDR(optimizer_with(1.0), 2, eta_max=high, eta_min=low), (0, 1, 3))
+        for high, low in bounds
     ]
     assert rates[0] == rates[1] == rates[2]
 
@@ -630,7 +620,7 @@ def test_bf16_products_stay_near_float32(device):
 def four_steps(compiled, device, product):
     """Losses, gradients and states of four chunks, the last of another length; then the weights of g."""
     torch.manual_seed(5)
-    s = settings(
+    s = small_settings(
         "dni", embedding_size=24, hidden_size=40, dropout_embedding=0.1, dropout_weight=0.3
     )
     model, optimizer, dni = train.build(s, 60, device)
@@ -779,20 +769,20 @@ def test_eq1_with_the_true_future_gradient_is_full_bptt():
         future.append([T_B * d for d in gradients])
     future.append([torch.zeros_like(c) for c in c_of(states[2])])
 
-    def sum_over_chunks(use_synthetic):
+    def sum_over_chunks(synthetic):
         dni, state, total, truth = Interface(NeuronDNI().double()), None, 0.0, iter(future)
         dni.synthesize = lambda s_next: next(truth)  # whatever the state
         for inputs, targets in chunks:
             frozen = torch.optim.SGD(parameters, 0.0)
             _, state = train.train_step(
-                model, frozen, dni, inputs, targets, state, use_synthetic, math.inf
+                model, frozen, dni, inputs, targets, state, synthetic, math.inf
             )
             total = total + flatten([p.grad for p in parameters])
         return total
 
-    close(sum_over_chunks(use_synthetic=True), full)
+    close(sum_over_chunks(synthetic=True), full)
     assert (
-        sum_over_chunks(use_synthetic=False) - full
+        sum_over_chunks(synthetic=False) - full
     ).norm() > 1e-3 * full.norm()  # truncation's cost
     # With a window of 2 the inputs cross a border, too. Nothing is synthesised for them.
     _, states = one_graph(*tiny_model(windows=(2, 1)))
@@ -951,14 +941,14 @@ def test_a_scaled_loss_teaches_g_the_same(scale):
 
 
 def test_the_pull_holds_what_is_outside():
-    """What is injected: α δ^ for |c| <= 1, bit for bit; beyond, and pull (|c| - 1) towards the inside."""
+    """What is injected: α δ^ for |c| <= 1, bit for bit; beyond, and penalty (|c| - 1) towards the inside."""
     c = torch.tensor([[-3.0, -1.0, -0.5, 0.0, 0.999, 1.5]]).requires_grad_()
     g = lively(NeuronDNI())
     with torch.no_grad():
         predicted = g([c])[0][0]
-    for pull in (0.0, 0.01):
-        found = grad(Interface(g, alpha=0.7, pull=pull).credit(None, [c + 0], 5), c)[0]
-        close(found, 0.7 / 5 * predicted + pull / 5 * torch.tensor([[-2.0, 0, 0, 0, 0, 0.5]]))
+    for penalty in (0.0, 0.01):
+        found = grad(Interface(g, alpha=0.7, penalty=penalty).credit(None, [c + 0], 5), c)[0]
+        close(found, 0.7 / 5 * predicted + penalty / 5 * torch.tensor([[-2.0, 0, 0, 0, 0, 0.5]]))
         assert torch.equal(found[0, 1:5], (0.7 / 5 * predicted)[0, 1:5])
 
 
@@ -997,10 +987,10 @@ def test_an_lstm_is_held_by_the_pull():
     which agrees with its own targets, does not agree with the truth.
     """
     T, (inputs, targets) = recall.T, data.episodes(recall.T - 1, 12_000, 24, 1, answers_only=True)
-    for pull in (0.01, 0.0):
+    for penalty in (0.01, 0.0):
         torch.manual_seed(1)
         g = LayerDNI([64, 64], 0)
-        dni, state, right = Interface(g, pull=pull), None, []
+        dni, state, right = Interface(g, penalty=penalty), None, []
         torch.manual_seed(1)
         model = study.Reader(13, 64, 64)
         model.rnn = recall.Cell(nn.LSTM)
@@ -1019,7 +1009,7 @@ def test_an_lstm_is_held_by_the_pull():
             losses.append(nll)
             states.append(c_of(state))
         cosine, r2 = agreement(g, states[:3], losses, 24 * T)
-        if pull:
+        if penalty:
             assert accuracy > 0.9 and size < 2
         else:
             assert accuracy < 0.5 and size > 100 and cosine < 0.5 and r2 < 0.5
@@ -1077,9 +1067,7 @@ def test_wrong_calls_of_the_interface_say_what_to_do():
     dni.credit(None, [torch.randn(2, 3).requires_grad_()], 10).backward()
     assert dni.learn() is None
     dni.reset()
-    assert (
-        chunk(dni, end=lambda c: (2 * c).detach(), use_synthetic=False).requires_grad and dni.memory
-    )
+    assert chunk(dni, end=lambda c: (2 * c).detach(), synthetic=False).requires_grad and dni.memory
     dni.reset()  # forgets h_g and what is pending
     assert chunk(dni, B=4).requires_grad
 
@@ -1093,7 +1081,7 @@ def test_a_dni_trained_but_not_used_changes_nothing(kind):
 
     def gradients(mode, **changes):
         """Those of the model in four train_steps, each an "epoch"; Adam updates the weights."""
-        s = settings(
+        s = small_settings(
             mode,
             embedding_size=8,
             hidden_size=12,
@@ -1106,8 +1094,8 @@ def test_a_dni_trained_but_not_used_changes_nothing(kind):
         torch.manual_seed(0)  # of the dropout masks
         (inputs, targets), state, found = data.streams(torch.arange(401) % 29, 5), None, []
         for epoch, (x, y) in enumerate(zip(inputs.split(20), targets.split(20))):
-            use_synthetic = train.gradient_source(s, 0, epoch) == "synthetic"
-            _, state = train.train_step(model, optimizer, dni, x, y, state, use_synthetic, s.clip)
+            synthetic = train.gradient_at(s, 0, epoch) == "synthetic"
+            _, state = train.train_step(model, optimizer, dni, x, y, state, synthetic, s.clip)
             found.append(flatten([p.grad for p in model.parameters()]))
         return found, dni and dni.g
 
@@ -1237,7 +1225,7 @@ def test_each_dropout_is_in_its_place():
     stack's output lose neurons of a stream, the same at all steps of a chunk (locked), and others in each
     place and call. What is kept is divided by 1 - p. Weights that were dropped get no gradient.
     """
-    s = settings(
+    s = small_settings(
         embedding_size=50,
         hidden_size=50,
         num_layers=4,
@@ -1332,18 +1320,17 @@ def test_sgdr_is_cosine_annealing_warm_restarts(base, mult, eta_min, tmp_path):
             assert [later.get_last_lr(), *rates_of(later, moments[18:])] == expected[17:]
 
 
-def test_restarts_of_the_paper_and_of_the_authors_code():
-    """E_base = 5 restarts at 5, 15, 35, 75, 155, 315 (2.1: E_i = 2^i E_base); given epochs are kept."""
-    authors = (5, 10, 20, 40, 80, 160, 320)
+def test_restarts_of_the_paper_and_of_the_authors_readme():
+    """E_base = 5 restarts at 5, 15, 35, 75, 155, 315 (2.1: E_i = 2^i E_base). Runs of 160 epochs each, as
+    in the authors' README, restart at 160 and 320.
+    """
     for starts, options in (
         ((5, 15, 35, 75, 155, 315), dict(base=5)),
-        (authors, dict(restarts=authors)),
+        ((160, 320), dict(base=160, mult=1)),
     ):
-        assert (
-            tuple(epoch for epoch in range(1, 330) if run_at(epoch, **options).elapsed == 0)
-            == starts
-        )
-    assert run_at(9.5, base=5) == (1, 4.5, 10) and run_at(12, restarts=[5, 10]) == (2, 2, 5)
+        found = [epoch for epoch in range(1, 330) if run_at(epoch, **options).elapsed == 0]
+        assert tuple(found) == starts
+    assert run_at(9.5, base=5) == (1, 4.5, 10)
     assert [run_at(e, base=0.5).index for e in (0, 0.49, 0.5, 1.49, 1.5)] == [0, 0, 1, 1, 2]
     for bad in (
         dict(epoch=-1),
@@ -1352,8 +1339,6 @@ def test_restarts_of_the_paper_and_of_the_authors_code():
         dict(base=0),
         dict(base=-1),
         dict(mult=0.9),
-        dict(restarts=[3, 3]),
-        dict(restarts=[0, 1]),
     ):
         with pytest.raises(ValueError):
             run_at(**{"epoch": 1, **bad})
@@ -1399,7 +1384,7 @@ def test_bounds_of_each_run_and_a_rate_that_never_falls():
     with pytest.raises(ValueError, match="3 groups, and SGDR was made for 2"):
         schedule.step()
     for mode in ("bptt", "dni"):
-        schedule = train.make_schedule(settings(mode), optimizer_with(0.1))
+        schedule = train.make_schedule(small_settings(mode), optimizer_with(0.1))
         assert rates_of(schedule, (0, 1 / 3, 5, 1e9)) == [[0.1]] * 4 and schedule.run.index == 0
 
 
@@ -1597,7 +1582,7 @@ def test_pydoc_is_english_split_by_topic(monkeypatch):
 
 def test_recall_reaches_its_floor_only_with_memory():
     """A reader chooses among the words seen in a place, among one if it can be known: the closed form."""
-    corpus = data.recall(delay=12, symbols=4, fillers=8, count=500)
+    corpus = data.make_recall(delay=12, symbols=4, fillers=8, count=500)
     rows = corpus.train[:-1].view(500, 15)
     kinds = [len(column.unique()) for column in rows.t()]
     assert corpus.vocabulary[rows[0, 13]] == "?" and torch.equal(rows[:, 0], rows[:, 14])
@@ -1627,7 +1612,7 @@ def test_episodes_put_borders_between_symbol_and_query(borders):
         2,
         3,
     ]
-    text = data.recall(borders * T - 1, count=6 * period + 13, seed=3).train
+    text = data.make_recall(borders * T - 1, count=6 * period + 13, seed=3).train
     for first, part in enumerate((inputs, targets)):
         apart = [text[(2 * period + 1) * b + first :][: 2 * period] for b in range(3 * period)]
         assert torch.equal(part, torch.stack(apart, 1))
@@ -1708,7 +1693,7 @@ def best_model(folder):
         ("bptt", "rrr"),
         ("dni --dni-borders 3", "rss"),
         ("alternating --dni-kind layer --e-base 1", "rss"),
-        ("restart --gradient synthetic --reset-optimizer --e-base 1", "rss"),
+        ("restart --gradient synthetic --mult 1 --e-base 1", "rss"),
     ],
 )
 def test_each_mode_trains_resumes_exactly_and_tests(mode, sources, corpus, tmp_path):
@@ -1883,7 +1868,7 @@ def test_a_training_that_is_done_is_only_tested(corpus, tmp_path, monkeypatch):
     )
     g = NeuronDNI()
     g.load_state_dict(left_by(folder)[1][1])
-    found = train.true_agreement(model, g, text.valid, settings(batch_size=4, chunk=20))
+    found = train.true_agreement(model, g, text.valid, small_settings(batch_size=4, chunk=20))
     assert (float(rows[0]["dni_cosine"]), float(rows[0]["dni_r2"])) == pytest.approx(
         found, abs=1e-5
     )
@@ -1951,8 +1936,6 @@ def test_what_resuming_refuses(corpus, tmp_path):
         f"--seed {2**63}",
         "--eta-min -1",
         "--eta-min",
-        "--restarts 0",
-        "--restarts 3 2",
         "--mode magic",
         "--epochs ten",
         "--colour red",
@@ -1965,8 +1948,8 @@ def test_what_resuming_refuses(corpus, tmp_path):
         # without effect:
         "--gradient synthetic",
         "--eta-max 1e-3 --lr 1e-3",
-        "--restarts 3 --e-base 2",
-        "--mode dni --restarts 3",
+        "--mode dni --mult 3",
+        "--mult 0.5",
         "--mode bptt --dni-kind layer",
         "--mode bptt --dni-alpha 0.5",
         "--mode restart --dni-lr 1",
@@ -1974,7 +1957,6 @@ def test_what_resuming_refuses(corpus, tmp_path):
         "--dni-warmup 2",
         "--data-dir x",
         "--min-count 2",
-        "--mode dni --reset-optimizer",
     ],
 )
 def test_impossible_settings(flags):
@@ -2012,7 +1994,7 @@ def test_defaults_and_presets():
         dni_borders=1,
         dni_warmup=1,
         eta_min=(0.0,),
-        restarts=(),
+        mult=2,
         eta_max=(),
         gradient="real",
         lr=1e-2,
@@ -2164,7 +2146,7 @@ def test_each_file_runs_alone(script, tmp_path):
         assert "\n".join(run.stdout.split("\n")[:5]) in README.replace("\n    ", "\n")
     if script == "sgdr.py":
         for i, gradient in re.findall(r"run (\d+), (\w+)", run.stdout):
-            assert gradient == train.gradient_source(train.Settings(), int(i), 0)
+            assert gradient == train.gradient_at(train.Settings(), int(i), 0)
 
 
 @pytest.mark.parametrize(
@@ -2198,7 +2180,7 @@ def test_commands_and_links_of_the_readmes(path):
 
 def test_the_recipe_is_what_the_search_found():
     """A method's rate is the best on validation text, a mean over seeds, in its longest trainings."""
-    rows = study.read(study.LOGS / "search.csv")
+    rows = study.read_log(study.LOGS / "search.csv")
     for method in reproduce.METHODS:
         for epochs in ("15", "5"):
             mine, found = report.having(rows, data="ptb", method=method, epochs=epochs), {}
@@ -2209,7 +2191,7 @@ def test_the_recipe_is_what_the_search_found():
             if len(found) > 1:
                 break
         valid = {rate: statistics.mean(its) for rate, its in found.items()}
-        lr = reproduce.settings(reproduce.arguments("small", "ptb", method, int(epochs))).lr
+        lr = reproduce.settings_of(reproduce.arguments("small", "ptb", method, int(epochs))).lr
         assert len(valid) > 1 and valid[lr] == min(valid.values()), (
             method,
             valid,
@@ -2226,7 +2208,7 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
         said = (tmp_path / "report.txt").read_text()
         assert all(f"{stage}: exit status 0" in said for stage in stages.split()), said
     shutil.rmtree(home)
-    tables = {path.stem: study.read(path) for path in tmp_path.glob("*.csv")}
+    tables = {path.stem: study.read_log(path) for path in tmp_path.glob("*.csv")}
     methods = ["bptt", "dni", "alternating", "restart", "dni-restart"]
     assert [row["method"] for row in tables["agreement"]] == methods
     assert not any(report.numbers(tables["agreement"], "differs_by"))  # a CPU beside the same
@@ -2248,7 +2230,7 @@ def test_results_are_what_the_logs_say():
     """results.md and README's tables are what report.py makes of the logs, to the letter. The numbers in the
     prose of experiments/README.md are in them.
     """
-    logs = {name: study.read(study.LOGS / f"{name}.csv") for name in report.LOGS}
+    logs = {name: study.read_log(study.LOGS / f"{name}.csv") for name in report.LOGS}
     results = report.results(logs)
     assert (study.HERE / "results.md").read_text(encoding="utf-8") == results
     assert report.with_tables(README, logs) == README

@@ -48,18 +48,18 @@ from sgdr import SGDR, per_run
 # ------------------------------------------------------------------------------------- what the mode decides
 
 
-def uses_synthetic(settings):
+def with_dni(settings):
     """Whether these settings need an interface at all."""
     dni_restart = settings.mode == "restart" and settings.gradient == "synthetic"
     return dni_restart or settings.mode in ("dni", "alternating")
 
 
-def gradient_source(settings, run, epoch):
+def gradient_at(settings, run, epoch):
     """'synthetic' where g's gradient crosses the border ahead, 'real' where none does. run: of SGDR. epoch:
     how many have passed, a fraction. (In real chunks g learns from their T steps alone: departure 21.)"""
     if settings.mode == "alternating":  # run by run (2.3, 3.2)
         return "real" if run % 2 == 0 else "synthetic"
-    return "synthetic" if uses_synthetic(settings) and epoch >= settings.dni_warmup else "real"
+    return "synthetic" if with_dni(settings) and epoch >= settings.dni_warmup else "real"
 
 
 def make_schedule(settings, optimizer):
@@ -67,7 +67,7 @@ def make_schedule(settings, optimizer):
     if settings.mode in ("bptt", "dni"):
         return SGDR(optimizer, math.inf)
     return SGDR(
-        optimizer, settings.e_base, 2, settings.eta_min, settings.eta_max or None, settings.restarts
+        optimizer, settings.e_base, settings.mult, settings.eta_min, settings.eta_max or None
     )
 
 
@@ -86,7 +86,7 @@ def train_step(
     inputs,
     targets,
     state,
-    use_synthetic,
+    synthetic,
     clip,
     autocast=contextlib.nullcontext(),
 ):
@@ -95,7 +95,7 @@ def train_step(
     dni: an Interface, or None where there is no g.
     inputs, targets: (T, B) of int64.
     state: from `detach_state`, or None where a text begins.
-    use_synthetic: whether g's gradient crosses the border ahead.
+    synthetic: whether g's gradient crosses the border ahead.
     clip: the largest norm of the model's gradient.
     autocast: a torch.autocast for the matrix products.
     """
@@ -109,7 +109,7 @@ def train_step(
         #    loss then gets a term whose derivative in s_{k+1} is α δ^_{k+1} / (T B).
         if dni:
             s = None if state is None else [c for c, _ in state]
-            loss = loss + dni.credit(s, [c for c, _ in new_state], inputs.numel(), use_synthetic)
+            loss = loss + dni.credit(s, [c for c, _ in new_state], inputs.numel(), synthetic)
 
     # 3. Backward: θ gets dL_k/dθ + (ds_{k+1}/dθ)ᵀ α δ^_{k+1} / (T B), and s_k.grad target_k / (T B).
     #    These are the two lines of dni.py, divided by T B.
@@ -154,15 +154,13 @@ def train_epoch(
     if dni:
         dni.reset()
     for start, stop in chunk_borders(length, settings, epoch):
-        now, last_run = epoch + start / length, schedule.run.index  # now: in epochs
+        now = epoch + start / length  # in epochs
         schedule.step(now)
         run, [rate] = schedule.run.index, schedule.get_last_lr()
-        if settings.reset_optimizer and run != last_run:
-            optimizer.state.clear()
         share = (stop - start) / settings.chunk if settings.jitter else 1  # AWD 4.1
         optimizer.param_groups[0]["lr"] = rate * share
-        source = gradient_source(settings, run, now)
-        use_synthetic = source == "synthetic" and stop < length
+        source = gradient_at(settings, run, now)
+        synthetic = source == "synthetic" and stop < length
         nll, state = train_step(
             model,
             optimizer,
@@ -170,7 +168,7 @@ def train_epoch(
             inputs[start:stop],
             targets[start:stop],
             state,
-            use_synthetic,
+            synthetic,
             settings.clip,
             autocast,
         )
@@ -280,11 +278,10 @@ class Settings:
     batch_size: int = setting(20, "B, parallel streams of training text (authors' code)", "at least 1")
     chunk: int = setting(70, "T, steps of a chunk; the paper: 200 (3)", "at least 1")
     jitter: bool = setting(False, "T from N(chunk, 5), 1 in 20 N(chunk/2, 5), the rate to scale (AWD 4.1)")
-    e_base: float = setting(5.0, "E_base, epochs of run 0; run i lasts 2^i as long (3.2)", "above 0")
-    restarts: tuple = setting((), "restart at these epochs; authors' code: 5 10 20 .. 320", "above 0")
+    e_base: float = setting(5.0, "E_base, epochs of run 0 (3.2)", "above 0")
+    mult: float = setting(2.0, "run i lasts mult^i E_base epochs (3.2); authors' README also: 1", "at least 1")
     eta_min: tuple = setting((0.0,), "rate at a run's end, one for all or one a run (2.1)", "0 or more")
     eta_max: tuple = setting((), "rate at a run's beginning; none: lr (2.1)", "above 0")
-    reset_optimizer: bool = setting(False, "forget Adam's moments at a restart")
     dni_kind: str = setting("neuron", "neuron-wise (2.2), layer-wise (DNI), a matrix", "neuron layer linear")
     dni_alpha: float = setting(0.9, "discount α; the paper: 1, authors' code: 0.1", "0 or more")
     dni_lr: float = setting(1e-4, "Adam's rate for g (text.py); authors' code: 1e-3", "above 0")
@@ -349,14 +346,11 @@ def check(settings, given):
         raise UserError(
             f"--eta-min, {low}, must be at most --eta-max, or else --lr, {high}, in each run"
         )
-    if list(settings.restarts) != sorted(set(settings.restarts)):
-        raise UserError(f"--restarts must rise, got {settings.restarts}")
-    sgdr, dni = settings.mode in ("restart", "alternating"), uses_synthetic(settings)
+    sgdr, dni = settings.mode in ("restart", "alternating"), with_dni(settings)
     for names, has_effect, needed in (
         ("gradient", settings.mode == "restart", "--mode restart"),
         ("lr", not (sgdr and settings.eta_max), "a training without --eta-max"),
-        ("e_base", sgdr and not settings.restarts, "a mode with restarts, without --restarts"),
-        ("restarts eta_min eta_max reset_optimizer", sgdr, "--mode restart or alternating"),
+        ("e_base mult eta_min eta_max", sgdr, "--mode restart or alternating"),
         ("dni_kind dni_alpha dni_lr", dni, "a mode with synthetic gradients"),
         ("dni_borders", dni and settings.dni_kind == "neuron", "the DNI of --dni-kind neuron"),
         (
@@ -526,7 +520,7 @@ def build(settings, vocabulary_size, device):
     optimizer = torch.optim.Adam(
         model.parameters(), settings.lr, weight_decay=settings.l2, fused=True
     )
-    if not uses_synthetic(settings):
+    if not with_dni(settings):
         return model, optimizer, None
     g, sizes = NeuronDNI(), [layer.hidden_size for layer in model.rnn.layers]
     if settings.dni_kind != "neuron":

@@ -165,14 +165,14 @@ def training(folders):
     )
     for axis, name in zip(axes, ("valid_perplexity", "learning_rate")):
         for folder in folders:
-            rows = study.read(Path(folder, "log.csv"))
+            rows = study.read_log(Path(folder, "log.csv"))
             axis.plot(
                 [int(row["epoch"]) for row in rows],
                 [float(row[name]) for row in rows],
                 marker=".",
                 label=folder,
             )
-        for row in study.read(Path(folders[0], "log.csv")):
+        for row in study.read_log(Path(folders[0], "log.csv")):
             if row["gradient"] == "synthetic":
                 axis.axvspan(
                     int(row["epoch"]) - 1, int(row["epoch"]), color="0.9", linewidth=0, zorder=-1

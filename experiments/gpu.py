@@ -54,7 +54,7 @@ def start(arguments, said):
 def flags(a, method, epochs):
     """Those of train.py for a method that has so many epochs; compiled where steps.csv finds that faster."""
     preset, data, more, _ = SCALES[a.scale]
-    ms = {row["what"]: float(row["ms"]) for row in study.read(a.out / "steps.csv")}
+    ms = {row["what"]: float(row["ms"]) for row in study.read_log(a.out / "steps.csv")}
     compiled = ["--compile"] if ms.get("dni compiled", 1e9) < 0.95 * ms.get("dni plain", 0) else []
     return [
         *reproduce.arguments(preset, data, method, epochs),
@@ -66,7 +66,7 @@ def flags(a, method, epochs):
 
 
 def environment(a):
-    s, n = reproduce.settings(flags(a, "bptt", 1)), 2**29 if a.device == "cuda" else 2**21
+    s, n = reproduce.settings_of(flags(a, "bptt", 1)), 2**29 if a.device == "cuda" else 2**21
     rows, size = s.chunk * s.batch_size, (s.chunk, s.batch_size, s.hidden_size)
 
     def rate(function, amount):  # a second, in units of 10^12
@@ -125,17 +125,17 @@ def correctness(a):
                     folder,
                 ]
             )
-            found.append(float(study.read(Path(folder, "log.csv"))[-1]["valid_perplexity"]))
+            found.append(float(study.read_log(Path(folder, "log.csv"))[-1]["valid_perplexity"]))
         rows.append(
             dict(method=method, cpu=found[0], gpu=found[1], differs_by=abs(found[1] / found[0] - 1))
         )
-        study.write(a.out / "agreement.csv", rows)
+        study.write_log(a.out / "agreement.csv", rows)
     if tests.wait() or max(report.numbers(rows, "differs_by")) > 1e-3:
         sys.exit("see tests.txt and agreement.csv")
 
 
 def steps(a):
-    s, dni = (reproduce.settings(flags(a, mode, 1)) for mode in ("bptt", "dni"))
+    s, dni = (reproduce.settings_of(flags(a, mode, 1)) for mode in ("bptt", "dni"))
     kind, size, rows = torch.bfloat16, (s.chunk, s.batch_size, s.hidden_size), []
     autocast, shapes = torch.autocast(a.device, kind), speed.shapes_of(s)
     makers = {
@@ -164,7 +164,7 @@ def steps(a):
                 "peak GB": torch.cuda.max_memory_allocated() / 1e9,
             }
         )
-        study.write(a.out / "steps.csv", rows)
+        study.write_log(a.out / "steps.csv", rows)
         order = "self_device_time_total" if kernels else "self_cpu_time_total"
         with open(a.out / "profile.txt", "a") as file:
             print(
@@ -184,11 +184,13 @@ def sharing(a):
         ]
         if any([process.wait() for process in runs]):
             sys.exit((work / "said").read_text())
-        logs = [report.numbers(study.read(out / "log.csv"), "seconds") for out in folders.values()]
+        logs = [
+            report.numbers(study.read_log(out / "log.csv"), "seconds") for out in folders.values()
+        ]
         epoch = max((log[-1] - log[0]) / 3 for log in logs)  # the first may have compiled
         besides = time.monotonic() - began - 4 * epoch
         rows.append({"at once": number, "s an epoch": epoch, "s besides": besides})
-        study.write(a.out / "sharing.csv", rows)
+        study.write_log(a.out / "sharing.csv", rows)
 
 
 def trainings(a):
@@ -206,7 +208,7 @@ def trainings(a):
         ways = {
             1: a.epochs if a.method else max(1, int(left / 30))
         }  # {trainings at once: epochs of each}
-        for row in study.read(a.out / "sharing.csv") if not a.method else ():
+        for row in study.read_log(a.out / "sharing.csv") if not a.method else ():
             number, epoch, besides = (
                 float(row[name]) for name in ("at once", "s an epoch", "s besides")
             )
@@ -235,10 +237,10 @@ def trainings(a):
                 "test_perplexity": made["tested"].get(m, ""),
             }
             for m in methods
-            for row in study.read(home / m / "log.csv")
+            for row in study.read_log(home / m / "log.csv")
         ]
         if rows:
-            study.write(a.out / "trainings.csv", rows)
+            study.write_log(a.out / "trainings.csv", rows)
     sys.exit(None if len(made["tested"]) == len(methods) else f"unfinished, see {home}")
 
 

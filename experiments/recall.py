@@ -16,7 +16,7 @@ With `--counts all` every word is scored in training, with `answers` the answers
 the best of four, by accuracy, for each number of borders, on two seeds that serve for nothing else. The text
 never repeats. At the end of a training the model is tested on another text.
 
-`--cells`: one border, answers alone, dni.py's defaults; the LSTM with and without the pull on its c.
+`--cells`: one border, answers alone, dni.py's defaults; the LSTM with and without the penalty on its c.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from data import episodes
 from dni import Interface, LayerDNI, NeuronDNI
 
 T, B, NEURONS, QUERY, CLIP = 10, 32, 64, 12, 1.0  # 4 symbols, 8 fillers, the query: 12
-PULL = Interface(NeuronDNI()).pull  # dni.py's default
+PENALTY = Interface(NeuronDNI()).penalty  # dni.py's default
 WITH_G = ("linear", "layer", "neuron")
 CELLS = {"qrnn": None, "gru": nn.GRU, "lstm": nn.LSTM}
 UPDATES, ALPHA, RATES, SEARCH_SEEDS = 2400, 0.9, (1e-2, 1e-3, 1e-4, 1e-5), (100, 101)
@@ -75,7 +75,10 @@ def one(case, updates=UPDATES, alpha=ALPHA):
         sizes = [NEURONS] * (2 if kind is nn.LSTM else 1)
         g = NeuronDNI() if arm == "neuron" else LayerDNI(sizes, 50 if arm == "layer" else 0)
         dni = Interface(
-            g, torch.optim.Adam(g.parameters(), case["rate"]), alpha, pull=case.get("pull", 0.0)
+            g,
+            torch.optim.Adam(g.parameters(), case["rate"]),
+            alpha,
+            penalty=case.get("penalty", 0.0),
         )
     torch.manual_seed(seed)  # the same model for all
     model = study.Reader(QUERY + 1, NEURONS, NEURONS, forget=2.0)
@@ -115,21 +118,27 @@ def main():
     parser.add_argument("--cells", action="store_true", help="compare recurrent networks")
     a, log, arms = parser.parse_args(), study.LOGS / "recall.csv", ("bptt", "full", *WITH_G)
     if a.cells:
-        return study.run(
+        return study.do_cases(
             study.LOGS / "recall-cells.csv",
             functools.partial(one, updates=1500, alpha=1.0),
             [
                 dict(
-                    counts="answers", arm=arm, rate=1e-4, borders=1, seed=seed, cell=cell, pull=pull
+                    counts="answers",
+                    arm=arm,
+                    rate=1e-4,
+                    borders=1,
+                    seed=seed,
+                    cell=cell,
+                    penalty=penalty,
                 )
                 for seed in a.seeds
                 for cell in CELLS
                 for arm in ("bptt", *WITH_G)
-                for pull in ((0.0, PULL) if cell == "lstm" and arm in WITH_G else (0.0,))
+                for penalty in ((0.0, PENALTY) if cell == "lstm" and arm in WITH_G else (0.0,))
             ],
         )
     cells = [(counts, arm, b) for b in (1, 2, 3) for counts in ("all", "answers") for arm in arms]
-    study.run(
+    study.do_cases(
         log,
         one,
         [
@@ -140,8 +149,8 @@ def main():
             if arm in WITH_G
         ],
     )
-    rows = study.read(log)
-    study.run(
+    rows = study.read_log(log)
+    study.do_cases(
         log,
         one,
         [

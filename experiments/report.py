@@ -256,13 +256,13 @@ def recall(rows):
 
 def cells(rows):
     lines = []
-    for (cell, arm, pull), its in groups(rows, "cell", "arm", "pull").items():
+    for (cell, arm, penalty), its in groups(rows, "cell", "arm", "penalty").items():
         accuracy, name = numbers(its, "accuracy"), {"bptt": "no g"}.get(arm, RECALL[arm])
         lines.append(
             [
                 cell,
                 name,
-                pull if arm != "bptt" else "-",
+                penalty if arm != "bptt" else "-",
                 f"{statistics.median(accuracy):.2f}",
                 f"{sum(a > 0.9 for a in accuracy)}/{len(accuracy)}",
                 f"{statistics.median(numbers(its, 'size')):,.2f}",
@@ -270,7 +270,7 @@ def cells(rows):
         )
     return (
         "One border, answers scored, α = 1, g's rate 1e-4, 1,500 updates. Medians. Size: mean |c| at "
-        "the end.\n\n" + table(["network", "g", "pull", "accuracy", "above 0.9", "size"], lines)
+        "the end.\n\n" + table(["network", "g", "penalty", "accuracy", "above 0.9", "size"], lines)
     )
 
 
@@ -419,7 +419,7 @@ def with_tables(readme, logs):
 
 def main():
     logs, readme = (
-        {name: study.read(study.LOGS / f"{name}.csv") for name in LOGS},
+        {name: study.read_log(study.LOGS / f"{name}.csv") for name in LOGS},
         study.ROOT / "README.md",
     )
     (study.HERE / "results.md").write_text(results(logs))

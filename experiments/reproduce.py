@@ -44,7 +44,7 @@ SEARCH = [
 ]
 
 
-def settings(options):
+def settings_of(options):
     """The Settings that train.py makes of these options."""
     return train.parse(list(map(str, options)))[0]
 
@@ -56,7 +56,7 @@ def epochs_of(scale, data):
 def arguments(scale, data, method, epochs):
     """Options of train.py for a method that has so many epochs."""
     chosen = ["--preset", scale, *METHODS[method], "--data", data]
-    usual = settings(chosen)
+    usual = settings_of(chosen)
     share = epochs / usual.epochs
     if share != 1:
         chosen += ["--epochs", epochs]
@@ -95,7 +95,9 @@ def one(scale, case):
             f"{case}: train.py ended with status {process.returncode}; the same command goes on"
         )
     tested = process.stdout.split()[-1]
-    return [{**case, **row, "test_perplexity": tested} for row in study.read(folder / "log.csv")]
+    return [
+        {**case, **row, "test_perplexity": tested} for row in study.read_log(folder / "log.csv")
+    ]
 
 
 def main():
@@ -116,13 +118,13 @@ def main():
             for rate in rates
             if data == a.data and method in a.methods
         ]
-        study.run(study.LOGS / "search.csv", functools.partial(one, "small"), cases)
+        study.do_cases(study.LOGS / "search.csv", functools.partial(one, "small"), cases)
     else:
         seeds = a.seeds or ((42, 43, 44) if a.scale == "small" else (42,))
         cases = [
             dict(data=a.data, method=method, seed=seed) for seed in seeds for method in a.methods
         ]
-        study.run(
+        study.do_cases(
             study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases
         )
 

@@ -25,7 +25,7 @@ import train  # noqa: E402
 from qrnn import QRNN  # noqa: E402
 
 
-def read(path):
+def read_log(path):
     """The rows of a log, {column: string}; none where there is no log."""
     if not path.exists():
         return []
@@ -33,7 +33,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def write(path, rows):
+def write_log(path, rows):
     """Write a log beside the old one and rename it over. Its columns are those of all rows, by name."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
@@ -44,12 +44,12 @@ def write(path, rows):
     partial.replace(path)
 
 
-def run(log, function, cases):
+def do_cases(log, function, cases):
     """Call function(case) -> rows for each case that the log lacks, and say how much is left.
 
     A case is {column: value}. Each row begins with the columns of its case.
     """
-    rows, note, began = read(log), log.with_suffix(".json"), time.monotonic()
+    rows, note, began = read_log(log), log.with_suffix(".json"), time.monotonic()
     done = {tuple(row[name] for name in case) for case in cases[:1] for row in rows}
     left = [case for case in cases if tuple(map(str, case.values())) not in done]
     print(f"{log.name}: {len(left)} of {len(cases)} cases to do", flush=True)
@@ -60,7 +60,7 @@ def run(log, function, cases):
     }
     for n, case in enumerate(left, 1):
         rows += function(case)
-        write(log, rows)
+        write_log(log, rows)
         origins = json.loads(note.read_text()) if note.exists() else []
         if origin not in origins:
             note.write_text(json.dumps([*origins, origin], indent=1) + "\n")

@@ -160,8 +160,8 @@ def main():
     which = parser.parse_args().study
     words = "text-words", functools.partial(one, name="ptb", parts=5)
     log, function = words if which == "words" else ("text", one)
-    todo = cases(which, best_rates(study.read(study.LOGS / "text.csv")))
-    study.run(study.LOGS / f"{log}.csv", function, todo)
+    todo = cases(which, best_rates(study.read_log(study.LOGS / "text.csv")))
+    study.do_cases(study.LOGS / f"{log}.csv", function, todo)
 
 
 if __name__ == "__main__":
