@@ -1,8 +1,8 @@
-"""SGDR: a learning rate that falls along a cosine and restarts warm, in runs of doubling length.
+"""SGDR: a learning rate that falls along a cosine and restarts warm, in runs of growing length.
 
-With a high rate the weights move far. With a low one they settle near a minimum of the loss. Each run has
-first the one and then the other. A restart is warm: it raises the rate again and keeps the weights, so that
-training may leave the minimum it has found and look for another from there.
+With a high rate the weights move far. With a low one they settle near a minimum of the loss. A run
+begins with the one and ends with the other. A restart is warm: it raises the rate again and keeps
+the weights. So training may leave the minimum that it has found, and look for another from there.
 
 Papers
     SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts",
@@ -12,12 +12,13 @@ Papers
 
 Glossary
     name       symbol       unit       meaning
+    run        -            -          the time from one restart to the next
     index      i            -          of the run: 0 before the first restart, then 1, 2, ...
     elapsed    E_cur        epochs     since the last restart
     length     E_i          epochs     of run i: mult^i * base
     base       E_base       epochs     length of run 0
-    eta_min    eta_min_i    -          learning rate at the end of run i
-    eta_max    eta_max_i    -          learning rate at its beginning
+    eta_max    eta_max_i    -          learning rate at the beginning of run i
+    eta_min    eta_min_i    -          learning rate at its end
 
     eta = eta_min_i + 1/2 (eta_max_i - eta_min_i) (1 + cos(pi E_cur / E_i))
 
@@ -41,13 +42,15 @@ class Run(NamedTuple):
 
 
 def run_at(epoch, base=1, mult=2):
-    """The run that a moment lies in, how long it has lasted, and how long it is: Run(i, E_cur, E_i).
+    """The run that a moment lies in, for how long it has lasted, and how long it is, as a Run.
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
-    base, mult: run i lasts base * mult^i epochs, so that base 5 restarts at 5, 15, 35, 75, 155, 315.
-    A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run 2 begins
-    at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
-    Raises ValueError for a negative epoch, base <= 0 or mult < 1.
+    base: length of run 0 in epochs, above 0.
+    mult: run i lasts base * mult^i epochs; at least 1. With base 5 and mult 2, as in the paper, the
+        restarts are at 5, 15, 35, 75, 155, 315.
+    A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run
+    2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
+    Raises ValueError for a number out of its range.
     """
     if not 0 <= epoch < math.inf or base <= 0 or mult < 1:
         raise ValueError(
@@ -66,21 +69,32 @@ def run_at(epoch, base=1, mult=2):
 class SGDR(LRScheduler):
     """The schedule above as a PyTorch scheduler.
 
-    eta_min: a number, or a sequence with one a run (the last serves all later runs).
-    eta_max: likewise; None takes each parameter group's own learning rate. Not checked to be above eta_min.
-    base, mult: as in `run_at`. A base of math.inf is one run without end: the rate never falls.
+    base, mult: as in `run_at`. With base = math.inf there is one run without end, whose rate stays
+        at eta_max.
+    eta_min: a number for all runs, or a sequence with one number a run, whose last serves all later
+        runs.
+    eta_max: likewise. None takes each parameter group's own learning rate. No check asks whether it
+        is above eta_min.
     last_epoch: as in PyTorch's schedulers.
 
-    step() adds 1 to the clock; step(epoch) sets it, say to epoch + batch / batches before each batch. Where
-    step() is called after each batch, as Lightning does, the clock and base count batches. With one rate for
-    all runs, and mult 1 or 2, the values equal torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the
-    last bit, and to rounding where step() goes on from a fraction. To resume, make SGDR first, then load the
-    optimiser's state_dict and SGDR's. The alternation of gradients reads `run.index`.
+    step(epoch) sets the clock. To follow the cosine within an epoch, call step(epoch + batch /
+    batches) before each batch. step() adds 1 to the clock. If it is called after each batch, as
+    Lightning does, the clock and base count batches.
+
+    If all runs have one rate, and mult is 1 or 2, the values equal those of
+    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit, or to rounding where
+    step() goes on from a fraction.
+
+    To resume, make SGDR first. Then load the optimiser's state_dict, and SGDR's.
+
+    `run.index` tells which run it is. An alternation of gradients decides by it.
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, last_epoch=-1):
-        self.base, self.mult = base, mult
-        self.eta_min, self.eta_max = eta_min, eta_max
+        self.base = base
+        self.mult = mult
+        self.eta_min = eta_min
+        self.eta_max = eta_max
         super().__init__(optimizer, last_epoch)
 
     @property
@@ -89,9 +103,11 @@ class SGDR(LRScheduler):
         return run_at(self.last_epoch, self.base, self.mult)
 
     def get_lr(self):
+        """The rates of the last step, one a parameter group. (PyTorch's base class asks.)"""
         return self.rates_at(self.run)
 
     def rates_at(self, run):
+        """The rates at a moment of a Run, one a parameter group."""
         i, elapsed, length = run
         rates = []
         for group_rate in self.base_lrs:
@@ -102,38 +118,45 @@ class SGDR(LRScheduler):
         return rates
 
     def step(self, epoch=None):
-        """Set the rates for `epoch`, fractional or whole, >= 0. Without `epoch`: one epoch further."""
-        epoch = self.last_epoch + 1 if epoch is None else epoch
+        """Set the rates for `epoch`, fractional or whole, >= 0. Without `epoch`: one epoch further.
+
+        Raises ValueError, and changes nothing, for a negative epoch, or if the optimiser has got
+        more parameter groups than it had.
+        """
+        if epoch is None:
+            epoch = self.last_epoch + 1
         rates = self.rates_at(run_at(epoch, self.base, self.mult))
         groups = self.optimizer.param_groups
         if len(rates) != len(groups):
             raise ValueError(
                 f"the optimiser has {len(groups)} groups, and SGDR was made for {len(rates)}"
             )
-        self.last_epoch, self._last_lr = epoch, rates  # now that nothing can be refused
+        self.last_epoch = epoch
+        self._last_lr = rates  # what get_last_lr() returns
         for group, rate in zip(groups, rates):
-            if torch.is_tensor(group["lr"]):  # a captured CUDA graph reads it
-                group["lr"].fill_(rate)
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(rate)  # in place, for a captured CUDA graph reads this tensor
             else:
                 group["lr"] = rate
 
 
 def per_run(bound, i):
-    """The bound of run i, from one number for all runs or a sequence whose last serves the later runs."""
-    return float(bound if torch.as_tensor(bound).dim() == 0 else bound[min(i, len(bound) - 1)])
+    """The bound of run i, from one number for all runs or from a sequence with one a run."""
+    if torch.as_tensor(bound).dim() == 0:
+        return float(bound)
+    last = len(bound) - 1
+    return float(bound[min(i, last)])
 
 
 if __name__ == "__main__":
     print(
-        "E_base = 5: run i lasts 5 * 2^i epochs. A warm restart raises the rate and keeps the weights.\n"
-        "Rate from 1e-3 to 0, one line an epoch; the gradients are those of --mode alternating:"
+        "E_base = 5: run i lasts 5 * 2^i epochs. A warm restart raises the rate, not the weights."
     )
+    print("The rate falls from 1e-3 to 0 in each run. One line an epoch:")
     schedule = SGDR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), base=5)
     for epoch in range(36):
         schedule.step(epoch)
-        (i, elapsed, length), [eta] = schedule.run, schedule.get_last_lr()
-        gradient = "synthetic" if i % 2 else "real"
-        print(
-            f"{epoch:3d}  run {i}, {gradient:9}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  "
-            + "#" * round(eta * 5e4)
-        )
+        i, elapsed, length = schedule.run
+        [eta] = schedule.get_last_lr()
+        bar = "#" * round(eta * 5e4)
+        print(f"{epoch:3d}  run {i}  {elapsed:2.0f} of {length:2.0f} epochs  {eta:.6f}  {bar}")

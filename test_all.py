@@ -39,6 +39,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import grad
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.testing import assert_close as close
@@ -437,7 +438,7 @@ def test_derivatives_of_the_pooling_by_finite_differences():
         G = torch.ones((), requires_grad=outer, **DOUBLE)
         with pytest.raises(RuntimeError, match="second derivative.*use pool_loop"):
             grad(pool(*leaves)[0].sum(), leaf, G, create_graph=True)
-    with pytest.raises(RuntimeError, match="torch.func.*use pool_loop"):
+    with pytest.raises(RuntimeError, match="functorch transforms"):  # torch's own refusal
         torch.func.vmap(pool)(*(x.detach()[None] for x in leaves))
     assert torch.autograd.gradgradcheck(pool_loop, leaves)
     assert torch.autograd.gradgradcheck(pool, gates(1, 2, 3))  # T = 1 has no backward of its own
@@ -476,9 +477,8 @@ def test_qrnn_is_called_like_an_lstm():
         output, state = qrnn(x)
         assert output.shape == qrnn(x, state)[0].shape == lstm(x)[0].shape
         assert [c.shape for c in c_of(state)] == [c.shape for c in lstm(x)[1][1]]
-        for state in (state, lstm(x)[1]):  # cut off from its past, in one line
-            cut = torch.utils._pytree.tree_map(torch.Tensor.detach, state)
-            assert not any(c.requires_grad for c in torch.utils._pytree.tree_leaves(cut))
+        state = [(c.detach(), x_prev.detach()) for c, x_prev in state]  # as its docstring says
+        assert not any(tensor.requires_grad for pair in state for tensor in pair)
         outputs.append(qrnn.eval()(x.transpose(0, 1) if batch_first else x)[0])
     close(outputs[0], outputs[1].transpose(0, 1))
 
@@ -495,7 +495,7 @@ def test_qrnn_is_called_like_an_lstm():
             lambda: QRNN(5, 4, batch_first=True)(torch.randn(7, 3, 6)),
         ),
         (
-            "PackedSequence: pad",
+            "PackedSequence: .* pad x on the right",
             lambda: qrnn(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([7, 6, 5]))),
         ),
         (r"\(7, 3\).*\(6, 3\)", lambda: LanguageModel(9, 4, 4, 1)(tokens, tokens[1:])),
@@ -503,6 +503,8 @@ def test_qrnn_is_called_like_an_lstm():
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             call()
+    with FakeTensorMode(), torch.device("meta"):  # as nn.LSTM, with shapes and no numbers
+        assert QRNN(5, 4, 2)(torch.zeros(7, 3, 5))[0].shape == (7, 3, 4)
     padded = torch.cat([x, torch.full((2, 3, 5), math.nan)])  # what comes later has no say
     assert torch.equal(QRNN.forward(qrnn.eval(), padded)[0][:7], qrnn(x)[0])
 
@@ -547,7 +549,7 @@ def test_numbers_may_be_numpys_or_torchs():
         for size, num_layers, window in (
             (4, 2, 1),
             (np.int64(4), np.int64(2), torch.tensor(1)),
-            (np.array([4, 4]), 1, torch.tensor([1, 1])),
+            ([np.int64(4), 4], 1, (torch.tensor(1), 1)),
         )
     ]
     assert sizes == [[4, 4]] * 3 and "4, window=1" in repr(QRNN(5, 4))
@@ -2144,9 +2146,6 @@ def test_each_file_runs_alone(script, tmp_path):
         assert whole == mended != truncated and bptt < 0.6 and layer > 0.9
         assert float(re.search(r"sin\(3 c\).*R² (\S+)", run.stdout)[1]) > 0.9  # what g can learn
         assert "\n".join(run.stdout.split("\n")[:5]) in README.replace("\n    ", "\n")
-    if script == "sgdr.py":
-        for i, gradient in re.findall(r"run (\d+), (\w+)", run.stdout):
-            assert gradient == train.gradient_at(train.Settings(), int(i), 0)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""Make results.md, the tables of README.md and the figures of results from the logs.
+"""Make results.md, the tables of README.md and the figure of results.md from the logs.
 
-    python experiments/report.py      the figures need matplotlib (pip install matplotlib), the text does not
+    python experiments/report.py      the figure needs matplotlib (pip install matplotlib)
 
-Only the figures of the paper are typed in here. All others are computed from experiments/logs/.
+Only the figures of the paper are typed in here. All others are computed from experiments/logs/. A
+log's row is {column: string}. Logs may be older than the studies: a column that a row lacks leaves
+its place in a table blank.
 """
 
 import re
@@ -11,6 +13,7 @@ import sys
 import textwrap
 
 import study
+
 from recall import SEARCH_SEEDS, best_rate
 from text import best_rates
 
@@ -20,10 +23,13 @@ LOGS = (
     "recall",
     "recall-cells",
     "search",
-    *(f"methods-{scale}-{corpus}" for scale in ("small", "paper") for corpus in ("ptb", "wt2")),
+    "methods-small-ptb",
+    "methods-small-wt2",
+    "methods-paper-ptb",
+    "methods-paper-wt2",
 )
-# Each method: its name, the test perplexities of the paper's Tables 1 and 2 on PTB and WT2, and the method
-# that it is compared with.
+# Each method: its name, the test perplexities of the paper's Tables 1 and 2 on PTB and WT2, and the
+# method that it is compared with.
 PAPER = {
     "bptt": ("truncated BPTT", 62.78, 72.6, None),
     "dni": ("neuron-wise DNI", 62.42, 72.37, "bptt"),
@@ -32,6 +38,7 @@ PAPER = {
     "dni-restart": ("DNI with restart", 64.71, 73.42, "restart"),
     "alternating": ("alternating", 63.76, 73.35, "restart"),
 }
+# The names of the arms of recall.py, and of those of text.py.
 RECALL = {
     "bptt": "truncated BPTT",
     "full": "full BPTT",
@@ -58,11 +65,92 @@ COLOURS = {
 }
 
 
+def main():
+    logs = {name: study.read_log(study.LOGS / f"{name}.csv") for name in LOGS}
+    (study.HERE / "results.md").write_text(results(logs))
+    readme = study.ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(), logs))
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("report.py: results.md is written; for the figure, pip install matplotlib")
+    matplotlib.use("Agg")
+    methods = logs["methods-small-ptb"] + logs["methods-small-wt2"]
+    curves_figure(methods).savefig(study.HERE / "curves.png", dpi=130)
+
+
+def results(logs):
+    """The text of results.md. logs: {name: rows}."""
+    text = (
+        "# Results\n\n"
+        "Written by `python experiments/report.py` from [logs/](logs/README.md), which says what "
+        "made them. ± is the standard deviation over seeds.\n"
+    )
+    for title, body in sections(logs):
+        text += f"\n## {title}\n\n{body}\n"
+    lines = [wrapped(line) for line in text.removesuffix("\n").split("\n")]
+    return "\n".join(lines)
+
+
+def sections(logs):
+    """[(title, body)] of results.md."""
+    words = logs["text-words"]
+    only_rates = {(arm, T): key for key in last_rows(words) for arm, T, _, _ in [key]}
+    methods = ["![curves](curves.png)\n"]
+    for scale in ("small", "paper"):
+        ptb = logs[f"methods-{scale}-ptb"]
+        if ptb:
+            methods.append(methods_table(ptb, logs[f"methods-{scale}-wt2"], scale))
+    found = [
+        ("Does it help on text? `text.py`", characters_tables(logs["text"])),
+        (
+            "On words. `text.py --study words`",
+            "Bits per word.\n\n" + lengths_table(words, only_rates),
+        ),
+        ("Is credit carried? `recall.py`", recall_table(logs["recall"])),
+        ("With a GRU or an LSTM? `recall.py --cells`", cells_table(logs["recall-cells"])),
+        ("Which rate suits which method? `reproduce.py --search`", search_table(logs["search"])),
+        ("The paper's methods. `reproduce.py`", "\n".join(methods)),
+    ]
+    for path in [study.LOGS / "speed.txt", *sorted(study.LOGS.glob("gpu/*.txt"))]:
+        found.append((f"How fast? {path.relative_to(study.LOGS)}", path.read_text()))
+    return found
+
+
+def wrapped(line):
+    """Prose in lines of at most 108 columns; the row of a table and an image as they are."""
+    if line.startswith(("|", "!")):
+        return line
+    return textwrap.fill(line, 108, break_on_hyphens=False)
+
+
+def with_tables(readme, logs):
+    """The text of README.md with its tables as the logs say.
+
+    A table stands between the markers <!-- table NAME, .. --> and <!-- end -->.
+    """
+    tables = {
+        "methods": methods_table(logs["methods-small-ptb"], logs["methods-small-wt2"]),
+        "text": gains_table(logs["text"]),
+    }
+
+    def filled(markers):
+        table = tables[markers["name"]].replace(" ± ", "±")
+        return markers["begin"] + table + markers["end"]
+
+    pattern = r"(?P<begin><!-- table (?P<name>\w+).*?-->\n).*?(?P<end><!-- end -->)"
+    return re.sub(pattern, filled, readme, flags=re.S)
+
+
+# ------------------------------------------------------------------------------- rows, and tables
+
+
 def groups(rows, *names):
     """{values of the columns `names`: [rows]}, in the order of the log."""
     found = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in names), []).append(row)
+        values = tuple(row[name] for name in names)
+        found.setdefault(values, []).append(row)
     return found
 
 
@@ -72,375 +160,337 @@ def having(rows, **values):
 
 
 def numbers(rows, name):
-    return [float(row[name]) for row in rows]
+    """The numbers in a column. A row in which it is missing or blank is left out."""
+    return [float(row[name]) for row in rows if row.get(name)]
 
 
 def spread(values, digits=2):
     """mean ± standard deviation where there are several values; "" for none."""
     if not values:
         return ""
-    mean = f"{round(statistics.mean(values), digits) + 0:.{digits}f}"  # + 0: no -0.000
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    mean = round(statistics.mean(values), digits) + 0  # + 0: no -0.000
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(head, rows):
-    lines = (head, ["---"] * len(head), *rows)
-    return "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines) + "\n"
+def markdown_table(head, rows):
+    """head: the names of the columns. rows: lists of cells."""
+    rule = ["---"] * len(head)
+    lines = ["|" + "|".join(map(str, cells)) + "|\n" for cells in [head, rule, *rows]]
+    return "".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------- text.py
+# --------------------------------------------------------------------------------------- text.py
 
 
-def ends(rows):
-    """{(arm, T, alpha, rate): {seed: the last row}}"""
+def last_rows(rows):
+    """{(arm, T, alpha, rate): {seed: the row at the end of the training}}"""
     found = {}
     for row in rows:
-        found.setdefault((row["arm"], row["T"], row["alpha"], row["rate"]), {})[row["seed"]] = row
+        key = row["arm"], row["T"], row["alpha"], row["rate"]
+        found.setdefault(key, {})[row["seed"]] = row
     return found
 
 
 def at_best(rows):
-    """{(arm, T): key of `ends`}: each arm at α = 1 and the rate that text.py takes along."""
+    """{(arm, T): key of `last_rows`}: each arm at α = 1 and the rate that text.py takes along."""
     best = best_rates(rows)
-    return {
-        key[:2]: key
-        for key in ends(rows)
-        if key[2] in ("", "1.0") and key[3] in ("", str(best.get(key[0])))
-    }
+    keys = {}
+    for arm, T, alpha, rate in last_rows(rows):
+        without_g = rate == ""
+        if without_g or (alpha == "1.0" and rate == str(best.get(arm))):
+            keys[arm, T] = arm, T, alpha, rate
+    return keys
 
 
 def gains(found, key):
-    """(fewer bits than truncated BPTT of the same seed, the same as shares of what longer BPTT gains).
+    """What an arm gains on truncated BPTT of the same seed: (bits fewer, shares), a number a seed.
 
-    There are no shares where longer BPTT gains nothing.
+    found, key: as of `last_rows`. A share is of the bits that longer BPTT gains. Where it gains
+    nothing on one of the seeds, there are no shares.
     """
-    saved, shares = [], []
+    _, T, _, _ = key
+    truncated = found.get(("bptt", T, "", ""), {})
+    longer = found.get(("full", T, "", ""), {})
+    fewer = []
+    shares = []
     for seed, row in found.get(key, {}).items():
-        truncated, ceiling = (
-            found.get((arm, key[1], "", ""), {}).get(seed) for arm in ("bptt", "full")
-        )
-        if truncated and ceiling:
-            bits, whole, least = (float(its["bits"]) for its in (row, truncated, ceiling))
-            saved.append(whole - bits)
-            shares += [(whole - bits) / (whole - least)] if whole > least else []
-    return saved, shares if len(shares) == len(saved) else []
+        if seed not in truncated or seed not in longer:
+            continue
+        most = float(truncated[seed]["bits"])
+        gain = most - float(row["bits"])
+        ceiling = most - float(longer[seed]["bits"])
+        fewer.append(gain)
+        if ceiling > 0:
+            shares.append(gain / ceiling)
+    if len(shares) < len(fewer):
+        shares = []
+    return fewer, shares
 
 
 def lengths_table(rows, keys):
-    """Bits, gain and share for each T and arm; keys: as of `at_best`."""
-    found, lines = ends(rows), []
+    """Bits per token, gain and share for each T and arm. keys: as of `at_best`."""
+    found = last_rows(rows)
+    lines = []
     for T in sorted({T for _, T in keys}, key=int):
         for arm in TEXT:
             key = keys.get((arm, T))
-            its, (saved, shares) = list(found.get(key, {}).values()), gains(found, key)
-            if its:
-                lines.append(
-                    [
-                        T,
-                        TEXT[arm],
-                        key[3] or "-",
-                        len(its),
-                        spread(numbers(its, "bits"), 3),
-                        "" if arm == "bptt" else spread(saved, 3),
-                        "" if arm in ("bptt", "full") else spread(shares),
-                        *(
-                            spread([float(row[x]) for row in its if key[3] and row[x]], 3)
-                            for x in ("own_cosine", "own_r2")
-                        ),
-                    ]
-                )
-    return table(
-        [
-            "T",
-            "",
-            "rate of g",
-            "seeds",
-            "bits",
-            "fewer than truncated BPTT, same seed",
-            "share of the ceiling's",
-            "cosine with its own targets",
-            "R² with them",
-        ],
-        lines,
-    )
+            if key not in found:
+                continue
+            its_rows = list(found[key].values())
+            fewer, shares = gains(found, key)
+            line = [T, TEXT[arm], key[3] or "-", len(its_rows)]
+            line.append(spread(numbers(its_rows, "bits"), 3))
+            line.append("" if arm == "bptt" else spread(fewer, 3))
+            line.append("" if arm in ("bptt", "full") else spread(shares))
+            for column in ("own_cosine", "own_r2"):  # old logs have them: of nothing, without a g
+                line.append(spread(numbers(its_rows, column), 3) if key[3] else "")
+            lines.append(line)
+    head = [
+        "T",
+        "",
+        "rate of g",
+        "seeds",
+        "bits",
+        "fewer than truncated BPTT, same seed",
+        "share of the ceiling's",
+        "cosine with its own targets",
+        "R² with them",
+    ]
+    return markdown_table(head, lines)
 
 
-def characters(rows):
-    found, best, lines, alphas = (
-        ends(having(rows, seed="0")),
-        at_best(rows),
-        [],
-        ("0.1", "0.9", "1.0"),
-    )
+def rates_table(rows):
+    """Bits per character of each g by its rate, seed 0; in brackets R², where the row has it."""
+    found = last_rows(having(rows, seed="0"))
     rates = sorted({row["rate"] for row in rows if row["rate"]}, key=float, reverse=True)
+    lines = []
     for T in ("2", "5"):
         for arm in ("linear", "mlp", "neuron", "neuron4"):
-            mine = [found.get((arm, T, "1.0", rate), {}).get("0") for rate in rates]
-            if any(mine):
-                lines.append(
-                    [
-                        T,
-                        TEXT[arm],
-                        *(
-                            f"{float(row['bits']):.3f} ({float(row['own_r2']):+.3f})" if row else ""
-                            for row in mine
-                        ),
-                    ]
-                )
-    text = (
-        "Bits per character, and in brackets R² with g's own targets in the last fifth, by the rate of "
-        "g. One seed.\n\n"
-        + table(["T", "", *rates], lines)
-        + "\nEach g at its best rate, α = 1, on seeds that were not used to find it.\n\n"
-        + lengths_table([row for row in rows if row["seed"] != "0"], best)
-    )
-    two = ends([row for row in rows if row["seed"] in ("1", "2")])
-    lines = [
-        [
-            T,
-            TEXT[arm],
-            *(spread(gains(two, (arm, T, alpha, best[arm, T][3]))[0], 3) for alpha in alphas),
-        ]
-        for T in ("2", "5")
-        for arm in ("linear", "mlp")
-        if (arm, T) in best
-    ]
+            cells = []
+            for rate in rates:
+                row = found.get((arm, T, "1.0", rate), {}).get("0")
+                cells.append(bits_and_r2(row) if row else "")
+            if any(cells):
+                lines.append([T, TEXT[arm], *cells])
+    return markdown_table(["T", "", *rates], lines)
+
+
+def bits_and_r2(row):
+    bits = f"{float(row['bits']):.3f}"
+    if not row.get("own_r2"):
+        return bits
+    return f"{bits} ({float(row['own_r2']):+.3f})"
+
+
+def discounts_table(rows):
+    """Bits per character fewer than truncated BPTT, by the discount α, on seeds 1 and 2."""
+    found = last_rows([row for row in rows if row["seed"] in ("1", "2")])
+    best = at_best(rows)
+    discounts = ("0.1", "0.9", "1.0")
+    lines = []
+    for T in ("2", "5"):
+        for arm in ("linear", "mlp"):
+            if (arm, T) not in best:
+                continue
+            _, _, _, rate = best[arm, T]
+            fewer = [gains(found, (arm, T, alpha, rate))[0] for alpha in discounts]
+            lines.append([T, TEXT[arm], *(spread(values, 3) for values in fewer)])
+    return markdown_table(["T", "", *(f"α = {alpha}" for alpha in discounts)], lines)
+
+
+def characters_tables(rows):
+    """The three tables of text.py on characters: by rate, by T, and by discount."""
+    not_searched = [row for row in rows if row["seed"] != "0"]
     return (
-        text
+        "Bits per character, and in brackets R² with g's own targets in the last fifth, by the "
+        "rate of g. One seed.\n\n"
+        + rates_table(rows)
+        + "\nEach g at its best rate, α = 1, on seeds that were not used to find it.\n\n"
+        + lengths_table(not_searched, at_best(rows))
         + "\nThe discount α: fewer bits than truncated BPTT, same seed; two seeds.\n\n"
-        + table(["T", "", *(f"α = {alpha}" for alpha in alphas)], lines)
+        + discounts_table(rows)
     )
 
 
 def gains_table(rows):
     """README's table of text, on seeds that found no rate."""
-    found, keys = ends([row for row in rows if row["seed"] != "0"]), at_best(rows)
+    found = last_rows([row for row in rows if row["seed"] != "0"])
+    best = at_best(rows)
     lengths = sorted({T for _, T, _, _ in found}, key=int)
-    lines = [
-        [TEXT[arm], *(spread(gains(found, keys.get((arm, T), (arm, T)))[0], 3) for T in lengths)]
-        for arm in ("full", "twice", "linear", "mlp", "neuron")
-    ]
-    return table(
-        ["gain over truncated BPTT, bits per character", *(f"T = {T}" for T in lengths)], lines
-    )
-
-
-# ------------------------------------------------------------------------------------ recall.py, reproduce.py
-
-
-def recall(rows):
     lines = []
+    for arm in ("full", "twice", "linear", "mlp", "neuron"):
+        line = [TEXT[arm]]
+        for T in lengths:
+            fewer = []
+            if (arm, T) in best:
+                fewer, _ = gains(found, best[arm, T])
+            line.append(spread(fewer, 3))
+        lines.append(line)
+    head = ["gain over truncated BPTT, bits per character", *(f"T = {T}" for T in lengths)]
+    return markdown_table(head, lines)
+
+
+# ------------------------------------------------------------------------- recall.py, reproduce.py
+
+
+def above(accuracies, least=0.9):
+    """How many of them, as in 7/10."""
+    return f"{sum(accuracy > least for accuracy in accuracies)}/{len(accuracies)}"
+
+
+def quartiles(values):
+    """median [first quartile, third quartile]"""
+    if len(values) == 1:
+        low = middle = high = values[0]
+    else:
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def recall_table(rows):
+    """Accuracy of recall.py's arms, on seeds that found no rate."""
     final = [row for row in rows if int(row["seed"]) not in SEARCH_SEEDS]
-    for (counts, arm, b, rate), its in groups(final, "counts", "arm", "borders", "rate").items():
-        accuracy = numbers(its, "accuracy")
-        several = accuracy * 2 if len(accuracy) == 1 else accuracy
-        low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
-        found = rate == str(best_rate(rows, counts, arm, b))
-        lines.append(
-            [
-                counts,
-                b,
-                RECALL[arm],
-                (rate or "-") if found else f"{rate}, tried afterwards",
-                f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                f"{sum(a > 0.9 for a in accuracy)}/{len(accuracy)}",
-            ]
-        )
-    lines.sort(key=lambda line: (line[:2], list(RECALL.values()).index(line[2])))
+    lines = []
+    for case, its_rows in groups(final, "counts", "arm", "borders", "rate").items():
+        counts, arm, borders, rate = case
+        accuracies = numbers(its_rows, "accuracy")
+        told = rate or "-"
+        if rate != str(best_rate(rows, counts, arm, borders)):
+            told = f"{rate}, tried afterwards"
+        line = [counts, borders, RECALL[arm], told, quartiles(accuracies), above(accuracies)]
+        lines.append(line)
+    names = list(RECALL.values())
+    lines.sort(key=lambda line: (line[0], line[1], names.index(line[2])))
+    head = ["scored", "borders", "", "rate of g", "accuracy", "above 0.9"]
     return (
-        "Accuracy of the answer at the end, median [quartiles] over the seeds (chance: 0.25), and how "
-        "many trainings ended above 0.9. The rates of g were found on two other seeds.\n\n"
-        + table(["scored", "borders", "", "rate of g", "accuracy", "above 0.9"], lines)
+        "Accuracy of the answer at the end, median [quartiles] over the seeds (chance: 0.25), and "
+        "how many trainings ended above 0.9. The rates of g were found on two other seeds.\n\n"
+        + markdown_table(head, lines)
     )
 
 
-def cells(rows):
+def cells_table(rows):
+    """Accuracy of recall.py --cells, and the mean size of the last state."""
     lines = []
-    for (cell, arm, penalty), its in groups(rows, "cell", "arm", "penalty").items():
-        accuracy, name = numbers(its, "accuracy"), {"bptt": "no g"}.get(arm, RECALL[arm])
-        lines.append(
-            [
-                cell,
-                name,
-                penalty if arm != "bptt" else "-",
-                f"{statistics.median(accuracy):.2f}",
-                f"{sum(a > 0.9 for a in accuracy)}/{len(accuracy)}",
-                f"{statistics.median(numbers(its, 'size')):,.2f}",
-            ]
-        )
+    for (cell, arm, penalty), its_rows in groups(rows, "cell", "arm", "penalty").items():
+        name = RECALL[arm]
+        if arm == "bptt":
+            name = "no g"
+            penalty = "-"
+        accuracies = numbers(its_rows, "accuracy")
+        accuracy = statistics.median(accuracies)
+        size = statistics.median(numbers(its_rows, "size"))
+        lines.append([cell, name, penalty, f"{accuracy:.2f}", above(accuracies), f"{size:,.2f}"])
+    head = ["network", "g", "penalty", "accuracy", "above 0.9", "size"]
     return (
-        "One border, answers scored, α = 1, g's rate 1e-4, 1,500 updates. Medians. Size: mean |c| at "
-        "the end.\n\n" + table(["network", "g", "penalty", "accuracy", "above 0.9", "size"], lines)
+        "One border, answers scored, α = 1, g's rate 1e-4, 1,500 updates. Medians. Size: mean |c| "
+        "at the end.\n\n" + markdown_table(head, lines)
     )
 
 
-def searched(rows):
+def search_table(rows):
+    """Perplexity of each training of reproduce.py --search at its best epoch."""
     lines = []
-    for case, its in groups(rows, "data", "method", "epochs", "lr", "seed").items():
-        best = min(its, key=lambda row: float(row["valid_perplexity"]))
-        lines.append(
-            [
-                case[0],
-                case[2],
-                PAPER[case[1]][0],
-                *case[3:],
-                *(f"{float(best[name]):.2f}" for name in ("valid_perplexity", "train_perplexity")),
-            ]
-        )
+    for case, its_rows in groups(rows, "data", "method", "epochs", "lr", "seed").items():
+        data, method, epochs, rate, seed = case
+        name, *_ = PAPER[method]
+        best = min(its_rows, key=lambda row: float(row["valid_perplexity"]))
+        valid = f"{float(best['valid_perplexity']):.2f}"
+        train = f"{float(best['train_perplexity']):.2f}"
+        lines.append([data, epochs, name, rate, seed, valid, train])
     lines.sort(key=lambda line: (line[0], int(line[1]), line[2], float(line[5])))
+    head = ["text", "epochs", "method", "rate", "seed", "validation", "training"]
     return (
-        "Perplexity of validation and training text (the latter with dropout) at the best epoch, with "
-        "the settings of preset `small`.\n\n"
-        + table(["text", "epochs", "method", "rate", "seed", "validation", "training"], lines)
+        "Perplexity of validation and training text (the latter with dropout) at the best epoch, "
+        "with the settings of preset `small`.\n\n" + markdown_table(head, lines)
     )
 
 
-def methods_table(ptb, wt2):
-    """README's table of methods; "-": not run."""
-    of_ptb, of_wt2 = (
-        {case: its[-1] for case, its in groups(rows, "method", "seed").items()}
-        for rows in (ptb, wt2)
-    )
+def methods_table(ptb, wt2, scale="small"):
+    """README's table of methods. ptb, wt2: the rows of the two texts. "-": not run."""
+    last_ptb = last_epochs(ptb)
+    last_wt2 = last_epochs(wt2)
     lines = []
     for method, (name, paper_ptb, paper_wt2, beside) in PAPER.items():
-        mine, other = (
-            [row for row in last.values() if row["method"] == method] for last in (of_ptb, of_wt2)
-        )
-        less = [
-            float(row["test_perplexity"]) - float(of_ptb[beside, row["seed"]]["test_perplexity"])
-            for row in mine
-            if (beside, row["seed"]) in of_ptb
-        ]
-        lines.append(
-            [
-                name,
-                paper_ptb,
-                paper_wt2,
-                spread(numbers(mine, "test_perplexity")) or "-",
-                f"{spread(less)} from {PAPER[beside][0]}" if less else "",
-                f"{statistics.median(numbers(mine, 'seconds')) / 60:.0f}" if mine else "-",
-                spread(numbers(other, "test_perplexity")) or "-",
-            ]
-        )
-    return table(
-        [
-            "test perplexity",
-            "paper, 4 × 1550, 320 epochs: PTB",
-            "WT2",
-            "here, 512 + 256, 15 epochs: PTB",
-            "difference",
-            "core minutes",
-            "2 epochs: WT2",
-        ],
-        lines,
-    )
+        of_ptb = having(last_ptb.values(), method=method)
+        of_wt2 = having(last_wt2.values(), method=method)
+        differences = []
+        for row in of_ptb:
+            other = last_ptb.get((beside, row["seed"]))
+            if other:
+                difference = float(row["test_perplexity"]) - float(other["test_perplexity"])
+                differences.append(difference)
+        difference = ""
+        if differences:
+            difference = f"{spread(differences)} from {PAPER[beside][0]}"
+        minutes = "-"
+        if of_ptb:
+            minutes = f"{statistics.median(numbers(of_ptb, 'seconds')) / 60:.0f}"
+        found_ptb = spread(numbers(of_ptb, "test_perplexity")) or "-"
+        found_wt2 = spread(numbers(of_wt2, "test_perplexity")) or "-"
+        lines.append([name, paper_ptb, paper_wt2, found_ptb, difference, minutes, found_wt2])
+    here = {
+        "small": ["here, 512 + 256, 15 epochs: PTB", "difference", "core minutes", "2 epochs: WT2"],
+        "paper": ["here, the same: PTB", "difference", "minutes", "WT2"],
+    }
+    head = ["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2", *here[scale]]
+    return markdown_table(head, lines)
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+def last_epochs(rows):
+    """{(method, seed): the row of the last epoch}"""
+    return {case: its_rows[-1] for case, its_rows in groups(rows, "method", "seed").items()}
 
 
-def figure_curves(plt, rows):
-    """Validation perplexity of the methods, a line a seed: PTB (Figure 2), below it WT2 (Figure 3)."""
+# ----------------------------------------------------------------------------------------- figure
+
+
+def curves_figure(rows):
+    """Validation perplexity of the methods, a line a seed: PTB (Figure 2), below it WT2 (Figure 3).
+
+    Methods without restarts are on the left, those with a restart on the right.
+    """
+    import matplotlib.pyplot as plt
+
+    look = {
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+    }
+    plt.rcParams.update(look)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharey="row")
-    for (left, right), ((corpus,), its) in zip(axes, groups(rows, "data").items()):
-        epochs, best = float(its[-1]["epoch"]), min(numbers(its, "valid_perplexity"))
-        for method, (name, *_) in PAPER.items():
+    for (left, right), ((corpus,), its_rows) in zip(axes, groups(rows, "data").items()):
+        epochs = float(its_rows[-1]["epoch"])
+        restart = epochs / 3  # E_base is a third of the training
+        best = min(numbers(its_rows, "valid_perplexity"))
+        for method in PAPER:
             axis = left if method in ("bptt", "dni", "cosine") else right
-            for n, curve in enumerate(groups(having(its, method=method), "seed").values()):
-                axis.plot(
-                    numbers(curve, "epoch"),
-                    numbers(curve, "valid_perplexity"),
-                    linewidth=0.8,
-                    color=COLOURS[method],
-                    label=None if n else name,
-                )
-        right.axvline(epochs / 3, color="0.35", linewidth=0.8, linestyle=":")  # E_base: a third
-        right.axvspan(epochs / 3, epochs, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
+            draw_curves(axis, method, having(its_rows, method=method))
+        right.axvline(restart, color="0.35", linewidth=0.8, linestyle=":")
+        right.axvspan(restart, epochs, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
         left.set(ylabel="validation perplexity", ylim=(0.95 * best, 2 * best))
-        for axis, title in (
-            (left, "without restarts"),
-            (right, "with a restart (dotted; shaded: alternating is synthetic)"),
-        ):
+        titles = {
+            left: "without restarts",
+            right: "with a restart (dotted; shaded: alternating is synthetic)",
+        }
+        for axis, title in titles.items():
             axis.set(xlabel="epoch", xlim=(0, epochs))
             axis.set_title(f"{corpus.upper()}, {title}", fontsize=10)
             axis.legend(fontsize=7, loc="upper right")
     return figure
 
 
-# -------------------------------------------------------------------------------------------------------- all
-
-
-def results(logs):
-    """The text of results.md. logs: {name: rows}."""
-    text = [
-        "# Results\n\nWritten by `python experiments/report.py` from [logs/](logs/README.md), which says "
-        "what made them. ± is the standard deviation over seeds."
-    ]
-    methods = [
-        methods_table(logs[f"methods-{scale}-ptb"], logs[f"methods-{scale}-wt2"])
-        for scale in ("small", "paper")
-        if logs[f"methods-{scale}-ptb"]
-    ]
-    words = lengths_table(logs["text-words"], {key[:2]: key for key in ends(logs["text-words"])})
-    for title, body in (
-        ("Does it help on text? `text.py`", characters(logs["text"])),
-        ("On words. `text.py --study words`", "Bits per word.\n\n" + words),
-        ("Is credit carried? `recall.py`", recall(logs["recall"])),
-        ("With a GRU or an LSTM? `recall.py --cells`", cells(logs["recall-cells"])),
-        ("Which rate suits which method? `reproduce.py --search`", searched(logs["search"])),
-        ("The paper's methods. `reproduce.py`", "![curves](curves.png)\n\n" + "\n".join(methods)),
-        *(
-            (f"How fast? {path.relative_to(study.LOGS)}", path.read_text())
-            for path in (study.LOGS / "speed.txt", *sorted(study.LOGS.glob("gpu/*.txt")))
-        ),
-    ):
-        text.append(f"\n## {title}\n\n{body}")
-    # Prose in lines of at most 108 columns; the row of a table as it is.
-    return "\n".join(
-        line if line.startswith(("|", "!")) else textwrap.fill(line, 108, break_on_hyphens=False)
-        for line in "\n".join(text).split("\n")
-    )
-
-
-def with_tables(readme, logs):
-    """The text of README.md with its tables between their markers: <!-- table NAME, .. -->, <!-- end -->."""
-    tables = {
-        "methods": methods_table(logs["methods-small-ptb"], logs["methods-small-wt2"]),
-        "text": gains_table(logs["text"]),
-    }
-    narrow = {name: text.replace(" ± ", "±") for name, text in tables.items()}
-    return re.sub(
-        r"(<!-- table (\w+).*?-->\n).*?(<!-- end -->)",
-        lambda marks: marks[1] + narrow[marks[2]] + marks[3],
-        readme,
-        flags=re.S,
-    )
-
-
-def main():
-    logs, readme = (
-        {name: study.read_log(study.LOGS / f"{name}.csv") for name in LOGS},
-        study.ROOT / "README.md",
-    )
-    (study.HERE / "results.md").write_text(results(logs))
-    readme.write_text(with_tables(readme.read_text(), logs))
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("report.py: results.md is written; for the figures, pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 9,
-        }
-    )
-    methods = logs["methods-small-ptb"] + logs["methods-small-wt2"]
-    figure_curves(plt, methods).savefig(study.HERE / "curves.png", dpi=130)
+def draw_curves(axis, method, rows):
+    """A line for each seed. The first carries the method's name."""
+    label, *_ = PAPER[method]
+    for curve in groups(rows, "seed").values():
+        epochs = numbers(curve, "epoch")
+        perplexities = numbers(curve, "valid_perplexity")
+        axis.plot(epochs, perplexities, linewidth=0.8, color=COLOURS[method], label=label)
+        label = None
 
 
 if __name__ == "__main__":
