@@ -81,21 +81,23 @@ def main():
 
 def results(logs):
     """The text of results.md. logs: {name: rows}."""
-    text = (
+    parts = [
         "# Results\n\n"
         "Written by `python experiments/report.py` from [logs/](logs/README.md), which says what "
-        "made them. ± is the standard deviation over seeds.\n"
-    )
+        "made them. ± is the standard deviation over seeds."
+    ]
     for title, body in sections(logs):
-        text += f"\n## {title}\n\n{body}\n"
-    lines = [wrapped(line) for line in text.removesuffix("\n").split("\n")]
-    return "\n".join(lines)
+        parts.append(f"\n## {title}\n\n{body}")
+    lines = "\n".join(parts).split("\n")
+    return "\n".join(wrapped(line) for line in lines)
 
 
 def sections(logs):
     """[(title, body)] of results.md."""
     words = logs["text-words"]
-    only_rates = {(arm, T): key for key in last_rows(words) for arm, T, _, _ in [key]}
+    # On words each arm has one rate, which was found on characters.
+    every_key = {(arm, T): (arm, T, alpha, rate) for arm, T, alpha, rate in last_rows(words)}
+    words_table = "Bits per word.\n\n" + lengths_table(words, every_key)
     methods = ["![curves](curves.png)\n"]
     for scale in ("small", "paper"):
         ptb = logs[f"methods-{scale}-ptb"]
@@ -103,10 +105,7 @@ def sections(logs):
             methods.append(methods_table(ptb, logs[f"methods-{scale}-wt2"], scale))
     found = [
         ("Does it help on text? `text.py`", characters_tables(logs["text"])),
-        (
-            "On words. `text.py --study words`",
-            "Bits per word.\n\n" + lengths_table(words, only_rates),
-        ),
+        ("On words. `text.py --study words`", words_table),
         ("Is credit carried? `recall.py`", recall_table(logs["recall"])),
         ("With a GRU or an LSTM? `recall.py --cells`", cells_table(logs["recall-cells"])),
         ("Which rate suits which method? `reproduce.py --search`", search_table(logs["search"])),
@@ -160,8 +159,8 @@ def having(rows, **values):
 
 
 def numbers(rows, name):
-    """The numbers in a column. A row in which it is missing or blank is left out."""
-    return [float(row[name]) for row in rows if row.get(name)]
+    """The numbers in a column."""
+    return [float(row[name]) for row in rows]
 
 
 def spread(values, digits=2):
@@ -244,8 +243,9 @@ def lengths_table(rows, keys):
             line.append(spread(numbers(its_rows, "bits"), 3))
             line.append("" if arm == "bptt" else spread(fewer, 3))
             line.append("" if arm in ("bptt", "full") else spread(shares))
-            for column in ("own_cosine", "own_r2"):  # old logs have them: of nothing, without a g
-                line.append(spread(numbers(its_rows, column), 3) if key[3] else "")
+            for column in ("own_cosine", "own_r2"):  # of old logs; nan without a g
+                measured = [row for row in its_rows if row["rate"] and row.get(column)]
+                line.append(spread(numbers(measured, column), 3))
             lines.append(line)
     head = [
         "T",
@@ -278,6 +278,7 @@ def rates_table(rows):
 
 
 def bits_and_r2(row):
+    """As in 2.545 (-1.906)."""
     bits = f"{float(row['bits']):.3f}"
     if not row.get("own_r2"):
         return bits
@@ -343,9 +344,8 @@ def above(accuracies, least=0.9):
 def quartiles(values):
     """median [first quartile, third quartile]"""
     if len(values) == 1:
-        low = middle = high = values[0]
-    else:
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        values = [*values, *values]  # quantiles() needs two
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -362,7 +362,12 @@ def recall_table(rows):
         line = [counts, borders, RECALL[arm], told, quartiles(accuracies), above(accuracies)]
         lines.append(line)
     names = list(RECALL.values())
-    lines.sort(key=lambda line: (line[0], line[1], names.index(line[2])))
+
+    def order(line):
+        counts, borders, name, *_ = line
+        return counts, borders, names.index(name)
+
+    lines.sort(key=order)
     head = ["scored", "borders", "", "rate of g", "accuracy", "above 0.9"]
     return (
         "Accuracy of the answer at the end, median [quartiles] over the seeds (chance: 0.25), and "
@@ -392,15 +397,23 @@ def cells_table(rows):
 
 def search_table(rows):
     """Perplexity of each training of reproduce.py --search at its best epoch."""
+
+    def valid_perplexity(row):
+        return float(row["valid_perplexity"])
+
+    def order(line):
+        data, epochs, name, _, _, valid, _ = line
+        return data, int(epochs), name, float(valid)
+
     lines = []
     for case, its_rows in groups(rows, "data", "method", "epochs", "lr", "seed").items():
         data, method, epochs, rate, seed = case
         name, *_ = PAPER[method]
-        best = min(its_rows, key=lambda row: float(row["valid_perplexity"]))
+        best = min(its_rows, key=valid_perplexity)
         valid = f"{float(best['valid_perplexity']):.2f}"
-        train = f"{float(best['train_perplexity']):.2f}"
-        lines.append([data, epochs, name, rate, seed, valid, train])
-    lines.sort(key=lambda line: (line[0], int(line[1]), line[2], float(line[5])))
+        training = f"{float(best['train_perplexity']):.2f}"
+        lines.append([data, epochs, name, rate, seed, valid, training])
+    lines.sort(key=order)
     head = ["text", "epochs", "method", "rate", "seed", "validation", "training"]
     return (
         "Perplexity of validation and training text (the latter with dropout) at the best epoch, "
@@ -433,7 +446,7 @@ def methods_table(ptb, wt2, scale="small"):
         lines.append([name, paper_ptb, paper_wt2, found_ptb, difference, minutes, found_wt2])
     here = {
         "small": ["here, 512 + 256, 15 epochs: PTB", "difference", "core minutes", "2 epochs: WT2"],
-        "paper": ["here, the same: PTB", "difference", "minutes", "WT2"],
+        "paper": ["here, 4 × 1550, 320 epochs: PTB", "difference", "minutes", "320 epochs: WT2"],
     }
     head = ["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2", *here[scale]]
     return markdown_table(head, lines)

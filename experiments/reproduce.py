@@ -1,16 +1,26 @@
-"""The paper's five methods, and the one that it lacks, at equal budget, each with the recipe of its mode.
+"""How do the paper's five methods, and one that it lacks, compare after as many epochs each?
 
-    python experiments/reproduce.py                              PTB, 15 epochs, three seeds: 13 hours
-    python experiments/reproduce.py --data wt2 --seeds 42        WT2, 2 epochs: 3 hours
-    python experiments/reproduce.py --scale paper                the paper's configuration, for a GPU
-    python experiments/reproduce.py --search                     which learning rate suits which method?
+    python experiments/reproduce.py                          PTB, 15 epochs, three seeds: 13 hours
+    python experiments/reproduce.py --data wt2 --seeds 42    WT2, 2 epochs: 3 hours
+    python experiments/reproduce.py --scale paper            the paper's configuration, for a GPU
+    python experiments/reproduce.py --search                 which learning rate suits which method?
 
-On PTB at scale small a training is `python train.py --mode MODE --data ptb --compile` and no more. With
-another number of epochs, the restarts and the first use of a DNI come at the same share of the training. All
-is resumable: each training has a folder in trainings/. The search judges by validation perplexity.
+At scale small, a training on PTB is `python train.py --mode MODE --data ptb --compile` and no more.
+With another number of epochs, the restarts, and the epoch in which a DNI is first used, come at the
+same share of the training. A study can be resumed, and so can each training: it has a folder in
+trainings/. The search compares validation perplexities.
 
-`cosine` is the method that the paper lacks: one run of SGDR, as long as the training. Its rate falls once and
-never restarts. So it tells apart what restarts do and what any falling rate does.
+The methods:
+
+    bptt           truncated BPTT at a constant rate
+    dni            a synthetic gradient at a constant rate
+    cosine         truncated BPTT; the rate falls along one cosine that is as long as the training
+    restart        truncated BPTT with SGDR
+    dni-restart    a synthetic gradient with SGDR
+    alternating    real and synthetic gradients in turn, with SGDR
+
+The paper lacks `cosine`: one run of SGDR that never restarts. It tells the effect of the restarts
+from that of a rate that falls.
 """
 
 import argparse
@@ -19,6 +29,7 @@ import subprocess
 import sys
 
 import study
+
 import train
 
 METHODS = {
@@ -29,7 +40,7 @@ METHODS = {
     "dni-restart": ["--mode", "restart", "--gradient", "synthetic"],
     "alternating": ["--mode", "alternating"],
 }
-# (corpus, method, epochs, seeds, rates)
+# What `--search` tries: (corpus, method, epochs, seeds, learning rates).
 SEARCH = [
     ("ptb", "bptt", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
     ("ptb", "bptt", 15, (42,), (3e-3, 4e-3, 6e-3)),
@@ -45,16 +56,25 @@ SEARCH = [
 
 
 def settings_of(options):
-    """The Settings that train.py makes of these options."""
-    return train.parse(list(map(str, options)))[0]
+    """The train.Settings that train.py makes of these options, a list of strings and numbers."""
+    settings, _, _ = train.parse([str(option) for option in options])
+    return settings
 
 
 def epochs_of(scale, data):
-    return 320 if scale == "paper" else 2 if data == "wt2" else 15
+    """How many epochs each method has. At scale `small` they are few, for two CPU cores."""
+    if scale == "paper":
+        return 320
+    if data == "wt2":
+        return 2
+    return 15
 
 
 def arguments(scale, data, method, epochs):
-    """Options of train.py for a method that has so many epochs."""
+    """The options of train.py, a list of strings and numbers, for a method and a number of epochs.
+
+    scale: a preset of train.py. data: a corpus. method: a key of METHODS.
+    """
     chosen = ["--preset", scale, *METHODS[method], "--data", data]
     usual = settings_of(chosen)
     share = epochs / usual.epochs
@@ -70,34 +90,29 @@ def arguments(scale, data, method, epochs):
 
 
 def one(scale, case):
-    """train.py in a folder of its own, resumed if it has begun. Returns the rows of its log.csv.
+    """Run train.py, or resume it where its folder exists. Returns the rows of its log.csv.
 
-    A case of the search also says how many epochs, and the rate.
+    case: {"data", "method", "seed"}; a case of the search has "epochs" and "lr" too. Each row ends
+        with the test perplexity, the same in all.
+
+    Exits with a message where train.py fails.
     """
-    data, method = case["data"], case["method"]
-    options = arguments(scale, data, method, case.get("epochs", epochs_of(scale, data)))
-    if "lr" in case:
-        options += ["--lr", case["lr"]]
+    data = case["data"]
+    epochs = case.get("epochs", epochs_of(scale, data))
     folder = study.ROOT / "trainings" / "-".join(map(str, ["reproduce", scale, *case.values()]))
-    command = [
-        sys.executable,
-        study.ROOT / "train.py",
-        *options,
-        "--seed",
-        case["seed"],
-        "--compile",
-        "--resume",
-        folder,
-    ]
+    command = [sys.executable, study.ROOT / "train.py"]
+    command += arguments(scale, data, case["method"], epochs)
+    if "lr" in case:
+        command += ["--lr", case["lr"]]
+    command += ["--seed", case["seed"], "--compile", "--resume", folder]
     process = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    if process.returncode:
+    if process.returncode != 0:
         sys.exit(
-            f"{case}: train.py ended with status {process.returncode}; the same command goes on"
+            f"{case}: train.py ended with status {process.returncode}; the same command resumes it"
         )
-    tested = process.stdout.split()[-1]
-    return [
-        {**case, **row, "test_perplexity": tested} for row in study.read_log(folder / "log.csv")
-    ]
+    tested = process.stdout.split()[-1]  # the last word that train.py prints
+    log = study.read_log(folder / "log.csv")
+    return [{**case, **row, "test_perplexity": tested} for row in log]
 
 
 def main():
@@ -109,24 +124,26 @@ def main():
     parser.add_argument(
         "--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper"
     )
-    a = parser.parse_args()
-    if a.search:
+    args = parser.parse_args()
+    if args.search:
         cases = [
             dict(data=data, method=method, epochs=epochs, lr=rate, seed=seed)
             for data, method, epochs, seeds, rates in SEARCH
             for seed in seeds
             for rate in rates
-            if data == a.data and method in a.methods
+            if data == args.data and method in args.methods
         ]
         study.do_cases(study.LOGS / "search.csv", functools.partial(one, "small"), cases)
-    else:
-        seeds = a.seeds or ((42, 43, 44) if a.scale == "small" else (42,))
-        cases = [
-            dict(data=a.data, method=method, seed=seed) for seed in seeds for method in a.methods
-        ]
-        study.do_cases(
-            study.LOGS / f"methods-{a.scale}-{a.data}.csv", functools.partial(one, a.scale), cases
-        )
+        return
+
+    seeds = args.seeds
+    if seeds is None:
+        seeds = [42, 43, 44] if args.scale == "small" else [42]
+    cases = [
+        dict(data=args.data, method=method, seed=seed) for seed in seeds for method in args.methods
+    ]
+    log = study.LOGS / f"methods-{args.scale}-{args.data}.csv"
+    study.do_cases(log, functools.partial(one, args.scale), cases)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""What the studies share: logs that grow by whole cases, a small model, and gradients that cross borders.
+"""What the studies share: logs, the best rate of a search, a small model, BPTT through many chunks.
 
-A log is a CSV file. The rows of a case are written when it has ended. So a study that was stopped can be
-resumed: a case that is in the log is not done again. A JSON file beside it says what made it.
+A log is a CSV file. The rows of a case are written together, when the case has ended. So a study
+that was stopped can be resumed: a case that is in the log is not done again. A JSON file beside the
+log says which commands wrote it, and on which machines.
+
+A script imports this file first: it puts the folder above on the module path.
 """
 
 import contextlib
@@ -9,6 +12,8 @@ import csv
 import datetime
 import json
 import platform
+import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,9 +29,11 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from qrnn import QRNN  # noqa: E402
 
+# -------------------------------------------------------------------------------------------- logs
+
 
 def read_log(path):
-    """The rows of a log, {column: string}; none where there is no log."""
+    """The rows of a log, [{column: string}]; an empty list where there is no log."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -34,7 +41,10 @@ def read_log(path):
 
 
 def write_log(path, rows):
-    """Write a log beside the old one and rename it over. Its columns are those of all rows, by name."""
+    """Write rows, [{column: value}], to a new file, which then replaces the old log at once.
+
+    The columns are those of all rows; a row may lack some.
+    """
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         columns = dict.fromkeys(name for row in rows for name in row)
@@ -44,48 +54,81 @@ def write_log(path, rows):
     partial.replace(path)
 
 
-def do_cases(log, function, cases):
-    """Call function(case) -> rows for each case that the log lacks, and say how much is left.
+def holds(rows, case):
+    """Whether one of the rows of a log, whose values are strings, is of this case."""
+    return any(all(row[name] == str(value) for name, value in case.items()) for row in rows)
 
-    A case is {column: value}. Each row begins with the columns of its case.
-    """
-    rows, note, began = read_log(log), log.with_suffix(".json"), time.monotonic()
-    done = {tuple(row[name] for name in case) for case in cases[:1] for row in rows}
-    left = [case for case in cases if tuple(map(str, case.values())) not in done]
-    print(f"{log.name}: {len(left)} of {len(cases)} cases to do", flush=True)
+
+def machine():
+    """The name of the GPU; without a GPU that of the processor, and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    if sys.platform == "linux":
+        found = re.search(r"^model name\t: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            name = found[1]
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def add_origin(log):
+    """Add this command, torch and machine to the JSON file beside the log, unless it has them."""
     origin = {
         "command": " ".join(["python", *sys.argv]),
         "torch": torch.__version__,
         "machine": machine(),
     }
+    path = log.with_suffix(".json")
+    origins = []
+    if path.exists():
+        origins = json.loads(path.read_text())
+    if origin not in origins:
+        path.write_text(json.dumps([*origins, origin], indent=1) + "\n")
+
+
+def do_cases(log, function, cases):
+    """Do each case that the log lacks, add its rows to the log, and print how much time is left.
+
+    log: path of the CSV file.
+    function: function(case) returns rows, [{column: value}], that begin with the case's columns.
+    cases: [{column: value}].
+    """
+    rows = read_log(log)
+    left = [case for case in cases if not holds(rows, case)]
+    print(f"{log.name}: {len(left)} of {len(cases)} cases to do", flush=True)
+    began = time.monotonic()
     for n, case in enumerate(left, 1):
         rows += function(case)
         write_log(log, rows)
-        origins = json.loads(note.read_text()) if note.exists() else []
-        if origin not in origins:
-            note.write_text(json.dumps([*origins, origin], indent=1) + "\n")
-        seconds = int((time.monotonic() - began) / n * (len(left) - n))
-        print(
-            f"{n} of {len(left)}, {datetime.timedelta(seconds=seconds)} left:", *rows[-1].values()
-        )
+        add_origin(log)
+        seconds_a_case = (time.monotonic() - began) / n
+        time_left = datetime.timedelta(seconds=int(seconds_a_case * (len(left) - n)))
+        print(f"{n} of {len(left)}, {time_left} left:", *rows[-1].values())
 
 
-def machine():
-    """The GPU's name; or the processor's, and the number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    name = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
-    return f"{name or platform.processor()}, {torch.get_num_threads()} threads"
+def best_rate(rows, column, best, times):
+    """The rate whose rows have the best mean of a column; "" where there is none.
+
+    rows: of a log, all of one kind, with a column `rate`.
+    best: max or min.
+    times: how many rows a rate must have. A rate with another number has not been tried in full.
+    """
+    values = {}  # {rate: its values}
+    for row in rows:
+        values.setdefault(row["rate"], []).append(float(row[column]))
+    means = {rate: statistics.mean(its) for rate, its in values.items() if len(its) == times}
+    if not means:
+        return ""
+    return float(best(means, key=means.get))
 
 
-# ---------------------------------------------------------------------- a model, and gradients across borders
+# ------------------------------------------------------- a model, and gradients that cross borders
 
 
 class Reader(nn.Module):
     """Embedding -> one QRNN layer -> decoder, called as a LanguageModel is.
 
-    forget: added to the biases of the forget gates; with 2 they begin at about sigmoid(2).
+    forget: added to the biases of the forget gates. With 2 the gates begin at about sigmoid(2).
     """
 
     def __init__(self, vocabulary_size, embedding_size, hidden_size, forget=0.0):
@@ -97,30 +140,39 @@ class Reader(nn.Module):
             self.rnn.layers[0].bias[hidden_size : 2 * hidden_size] += forget
 
     def logits(self, tokens, state=None):
+        """tokens: (T, B) of int64. Returns the logits, (T, B, vocabulary_size), and the state."""
         h, state = self.rnn(self.embedding(tokens), state)
         return self.decoder(h).to(h.dtype), state
 
     def forward(self, tokens, targets, state=None):
-        """Returns (nll, 0.0, state). The loss is that of the last len(targets) tokens.
+        """Returns (nll, 0.0, state): the loss, no penalty, and the state after the last token.
 
-        nll is a sum over the targets that are not -100, divided by T B: the unit of dni.py.
+        tokens: (T, B) of int64.
+        targets: (T', B) of int64, those of the last T' tokens; -100 for a token that is not scored.
+
+        nll is a sum over the targets that are scored, divided by T' B. dni.py counts in this unit.
         """
         logits, state = self.logits(tokens, state)
-        logits = logits[-len(targets) :].flatten(0, 1)
-        return (
-            F.cross_entropy(logits, targets.flatten(), reduction="sum") / targets.numel(),
-            0.0,
-            state,
-        )
+        logits = logits[-len(targets) :].flatten(0, 1)  # (T' B, vocabulary_size)
+        nll = F.cross_entropy(logits, targets.flatten(), reduction="sum") / targets.numel()
+        return nll, 0.0, state
 
 
 def full_update(model, optimizer, recent, clip, autocast=contextlib.nullcontext()):
-    """An update from the loss of the last of the `recent` chunks, [(inputs, targets, the state before)], that
-    goes back through all of them: they are read again. Returns the state after the last.
+    """One update from the loss of the last chunk, backpropagated through all the recent chunks.
+
+    recent: [(inputs, targets, state before)] of successive chunks; inputs and targets are (T, B).
+        The chunks are read again, as one.
+    clip: the largest norm of the gradient.
+
+    Returns the state after the last chunk, as train.detach_state does.
     """
+    tokens = torch.cat([inputs for inputs, _, _ in recent])
+    _, targets, _ = recent[-1]
+    _, _, state = recent[0]
     optimizer.zero_grad(set_to_none=True)
     with autocast:
-        nll, _, state = model(torch.cat([x for x, _, _ in recent]), recent[-1][1], recent[0][2])
+        nll, _, state = model(tokens, targets, state)
     nll.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()

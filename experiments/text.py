@@ -1,167 +1,213 @@
-"""Does a synthetic gradient help on text? Which kind of g, at which chunk length T, at which rate of g?
+"""Does a synthetic gradient help on text? Which kind of g, at which chunk length T and rate of g?
 
-    python experiments/text.py --study rates     each g at five rates, T of 2 and 5, one seed: 0
-    python experiments/text.py --study T         each g at its best rate, T of 2, 5, 10 and 20, other seeds
+    python experiments/text.py --study rates     each g at five rates, T of 2 and 5, seed 0
+    python experiments/text.py --study T         each g at its best rate, T of 2 to 20, other seeds
     python experiments/text.py --study alpha     the discount α, T of 2 and 5
-    python experiments/text.py --study memory    the paper's g taught through K = 4 borders of its memory
+    python experiments/text.py --study memory    the paper's g, taught through 4 borders
     python experiments/text.py --study words     words, T of 5, 20 and 70
 
-The model is an embedding of 64, one QRNN layer of 256 and a decoder; B = 32, Adam at 2e-3, clip 1. All arms
-of a T make the same number of updates. Words are read once, in bf16 where the processor has it. The arms:
+The model is an embedding of 64, one QRNN layer of 256 and a decoder; B = 32, Adam at 2e-3, clip 1.
+For one T, all arms make the same number of updates. Words are read once, with products in bf16
+where the processor has it. The arms:
 
     bptt      truncated backpropagation through time
-    full      the loss of a chunk goes back through the 40 steps before its end, or through the chunk before
-              it if that is longer: the ceiling
-    twice     the same through the chunk before alone: the simplest alternative to a g
+    full      the loss of a chunk goes back through the 40 steps before its end, or through two
+              chunks where those are longer: the ceiling
+    twice     the loss of a chunk goes back through two chunks: the simplest alternative to a g
     linear    layer-wise, one linear map 256 -> 256
     mlp       layer-wise, 256 -> 256 -> 256 -> 256
     neuron    the paper's: neuron-wise, scalar in and out, memory h_g
     neuron4   the same, taught through 4 borders
 
-Measured are bits per token of the validation text (of the first 200,000 characters).
+The measure is bits per token of the validation text. (Of its characters, only the first 200,000.)
 """
 
 import argparse
+import collections
 import functools
 import math
 import time
 
 import study
+
 import torch
-import train
 
 import data
+import train
 from dni import Interface, LayerDNI, NeuronDNI
 
-EMBEDDING, HIDDEN, B, REACH, CLIP = 64, 256, 32, 40, 1.0
-UPDATES, WORDS = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}, (5, 20, 70)  # on characters, by T; T
-WITHOUT_G, WITH_G = ("bptt", "full", "twice"), ("linear", "mlp", "neuron")
+EMBEDDING = 64
+HIDDEN = 256
+B = 32  # streams
+CLIP = 1.0
+REACH = 40  # steps that `full` goes back
+UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}  # on characters: {T: number of updates}
+WORD_LENGTHS = (5, 20, 70)  # T on words
+RATES = (1e-4, 1e-3, 1e-5, 1e-2, 1e-6)  # of Adam for g
+WITHOUT_G = ("bptt", "full", "twice")
+WITH_G = ("linear", "mlp", "neuron")
+
+
+# ------------------------------------------------------------------------------------- one training
 
 
 def build(case, vocabulary_size):
     """(model, optimizer, the arm's Interface or None)"""
     torch.manual_seed(case["seed"])
-    model, arm = study.Reader(vocabulary_size, EMBEDDING, HIDDEN), case["arm"]
+    arm = case["arm"]
+    model = study.Reader(vocabulary_size, EMBEDDING, HIDDEN)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, fused=True)
     if arm in WITHOUT_G:
         return model, optimizer, None
-    if arm in ("neuron", "neuron4"):
-        g = NeuronDNI()
+    borders = 1
+    if arm == "linear":
+        g = LayerDNI([HIDDEN], 0)  # 0: no hidden layer
+    elif arm == "mlp":
+        g = LayerDNI([HIDDEN], HIDDEN)
     else:
-        g = LayerDNI([HIDDEN], HIDDEN if arm == "mlp" else 0)  # 0: one linear map
+        g = NeuronDNI()
+        if arm == "neuron4":
+            borders = 4
     g_optimizer = torch.optim.Adam(g.parameters(), case["rate"], fused=True)
-    return model, optimizer, Interface(g, g_optimizer, case["alpha"], 4 if arm == "neuron4" else 1)
+    return model, optimizer, Interface(g, g_optimizer, case["alpha"], borders)
 
 
 def one(case, name="ptb-chars", parts=10):
-    """Train. Returns a row for each of `parts` parts of the updates."""
+    """Train one arm. Returns a row for each of `parts` parts of the training.
+
+    case: {"arm", "T", "alpha", "rate", "seed"}; alpha and rate are g's.
+    name: of the corpus.
+    """
     train.keep_freed_memory()
-    arm, T, corpus = case["arm"], case["T"], data.load_corpus(name)
+    arm = case["arm"]
+    T = case["T"]
+    corpus = data.load_corpus(name)
     inputs, targets = data.streams(corpus.train, B)
-    _, autocast = train.pick_device("cpu", "auto" if name == "ptb" else "fp32")
-    updates = UPDATES[T] if name == "ptb-chars" else len(inputs) // T // parts * parts
+    if name == "ptb-chars":
+        updates = UPDATES[T]
+    else:
+        updates = len(inputs) // T // parts * parts  # one epoch
+    precision = "auto" if name == "ptb" else "fp32"
+    _, autocast = train.pick_device("cpu", precision)
     model, optimizer, dni = build(case, len(corpus.vocabulary))
-    reach = max(REACH // T, 2) if arm == "full" else 2  # in chunks
-    state, recent, rows, began = None, [], [], time.monotonic()
+    reach = 2  # chunks that `twice` and `full` go back through
+    if arm == "full":
+        reach = max(REACH // T, 2)
+    recent = collections.deque(maxlen=reach)
+    state = None
+    rows = []
+    began = time.monotonic()
     for n in range(1, updates + 1):
         start = (n - 1) * T % (len(inputs) - T)
-        x, y = inputs[start : start + T], targets[start : start + T]
+        x = inputs[start : start + T]
+        y = targets[start : start + T]
         if arm in ("full", "twice"):
-            recent = [*recent, (x, y, state)][-reach:]
+            recent.append((x, y, state))
             state = study.full_update(model, optimizer, recent, CLIP, autocast)
         else:
+            synthetic = dni is not None
             _, state = train.train_step(
-                model, optimizer, dni, x, y, state, dni is not None, CLIP, autocast
+                model, optimizer, dni, x, y, state, synthetic, CLIP, autocast
             )
         if n % (updates // parts) == 0:
-            bits = train.evaluate(model, corpus.valid[:200_001], B, autocast) / math.log(2)
-            rows.append(
-                {
-                    **case,
-                    "updates": n,
-                    "bits": round(bits, 4),
-                    "seconds": round(time.monotonic() - began, 1),
-                }
+            nats = train.evaluate(model, corpus.valid[:200_001], B, autocast)
+            row = dict(
+                updates=n,
+                bits=round(nats / math.log(2), 4),
+                seconds=round(time.monotonic() - began, 1),
             )
+            rows.append({**case, **row})
     return rows
 
 
+# ---------------------------------------------------------------------------------------- the cases
+
+
+def is_of_the_search(row):
+    """Whether a row is the last one of a training that `best_rates` compares."""
+    if row["T"] not in ("2", "5") or row["rate"] == "":
+        return False
+    if row["alpha"] != "1.0" or row["seed"] != "0":
+        return False
+    return int(row["updates"]) == UPDATES[int(row["T"])]
+
+
 def best_rates(rows):
-    """{arm: the rate with the fewest bits at the end, at T = 2 and 5 together}; α = 1, seed 0."""
-    found, best = {}, {}
-    for row in rows:
-        searched = (
-            row["T"] in ("2", "5") and row["rate"] and (row["alpha"], row["seed"]) == ("1.0", "0")
-        )
-        if searched and int(row["updates"]) == UPDATES[int(row["T"])]:
-            found.setdefault((row["arm"], row["rate"]), []).append(float(row["bits"]))
-    for bits, arm, rate in sorted((sum(its), *key) for key, its in found.items() if len(its) == 2):
-        best.setdefault(arm, float(rate))
+    """{arm: the rate with the fewest bits at the end, a mean over T = 2 and T = 5}
+
+    rows: of the log text.csv. Only those of the search count, `--study rates`: α = 1 and seed 0. An
+        arm that was not tried at both T is left out.
+    """
+    searched = [row for row in rows if is_of_the_search(row)]
+    best = {}
+    for arm in sorted({row["arm"] for row in searched}):
+        mine = [row for row in searched if row["arm"] == arm]
+        rate = study.best_rate(mine, "bits", min, times=2)
+        if rate:
+            best[arm] = rate
     return best
 
 
 def cases(which, best):
-    """The cases of a study. best: {arm: rate}. A column that means nothing to an arm is empty."""
+    """The cases of a study. best: {arm: rate}, of `best_rates`."""
 
-    def case(arm, T, seed, rate="", alpha=1.0):
-        with_g = arm not in WITHOUT_G
-        return dict(
-            arm=arm,
-            T=T,
-            alpha=alpha if with_g else "",
-            rate=rate or best[arm] if with_g else "",
-            seed=seed,
-        )
+    def case(arm, T, seed, rate=None, alpha=1.0):
+        if arm in WITHOUT_G:  # columns of g
+            alpha = ""
+            rate = ""
+        elif rate is None:
+            rate = best[arm]
+        return dict(arm=arm, T=T, alpha=alpha, rate=rate, seed=seed)
 
-    rates, arms = (
-        (1e-4, 1e-3, 1e-5, 1e-2, 1e-6),
-        (*WITHOUT_G, *(arm for arm in WITH_G if arm in best)),
-    )
-    return {
-        "rates": [
-            case(arm, T, 0, rate)
-            for T in (2, 5)
-            for arm in ("bptt", "full", *WITH_G)
-            for rate in (rates if arm in WITH_G else rates[:1])
-        ],
-        "T": [
+    if which == "rates":
+        found = []
+        for T in (2, 5):
+            found += [case(arm, T, 0) for arm in ("bptt", "full")]
+            found += [case(arm, T, 0, rate) for arm in WITH_G for rate in RATES]
+        return found
+    if which == "memory":
+        return [case("neuron4", 2, 0, rate) for rate in (1e-3, 1e-4)]
+    arms = [*WITHOUT_G, *(arm for arm in WITH_G if arm in best)]
+    if which == "T":
+        return [
             case(arm, T, seed)
             for seed in range(1, 6)
             for T in UPDATES
             for arm in arms
             if arm != "neuron" or seed <= 3
-        ],
-        "alpha": [
+        ]
+    if which == "alpha":
+        return [
             case(arm, T, seed, alpha=alpha)
             for seed in (1, 2)
             for alpha in (0.1, 0.9)
             for T in (2, 5)
             for arm in arms
             if arm in ("linear", "mlp")
-        ],
-        "memory": [case("neuron4", 2, 0, rate) for rate in (1e-3, 1e-4)],
-        "words": [
-            case(arm, T, seed)
-            for seed in (1, 2, 3)
-            for T in WORDS
-            for arm in arms
-            if arm != "twice" or T == 5
-        ],
-    }[which]
+        ]
+    return [  # words
+        case(arm, T, seed)
+        for seed in (1, 2, 3)
+        for T in WORD_LENGTHS
+        for arm in arms
+        if arm != "twice" or T == 5
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(
         description="Which synthetic gradient helps on text, at what rate?"
     )
-    parser.add_argument(
-        "--study", required=True, choices=("rates", "T", "alpha", "memory", "words")
-    )
+    studies = ("rates", "T", "alpha", "memory", "words")
+    parser.add_argument("--study", required=True, choices=studies)
     which = parser.parse_args().study
-    words = "text-words", functools.partial(one, name="ptb", parts=5)
-    log, function = words if which == "words" else ("text", one)
-    todo = cases(which, best_rates(study.read_log(study.LOGS / "text.csv")))
-    study.do_cases(study.LOGS / f"{log}.csv", function, todo)
+    best = best_rates(study.read_log(study.LOGS / "text.csv"))
+    log = study.LOGS / "text.csv"
+    function = one
+    if which == "words":
+        log = study.LOGS / "text-words.csv"
+        function = functools.partial(one, name="ptb", parts=5)
+    study.do_cases(log, function, cases(which, best))
 
 
 if __name__ == "__main__":
