@@ -7,8 +7,8 @@ Corpora, by name
     ptb-chars    the characters of ptb, a space as _ and the end of a line as <eos>: 50 symbols
     wt2          WikiText-2, Merity et al. 2016, arXiv 1609.07843
     recall       this project: a language that needs memory, after arXiv 1608.05343, section 3.1
-    FOLDER       your own train.txt, valid.txt and test.txt in a folder: a sentence or a paragraph
-                 a line
+    FOLDER       your own train.txt, valid.txt and test.txt in a folder, with one sentence or
+                 paragraph in each line
 
 Glossary
     tokens       (n,)      a text as word indices, with one <eos> at the end of each line
@@ -124,7 +124,7 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
     name: one of CORPORA, or a folder with train.txt, valid.txt and test.txt.
     data_dir: the data folder, for the files of ptb and wt2; by default $QRNN_DATA or ./corpora.
     delay: of `recall`, in steps.
-    min_count: of a folder: a word that its train.txt has less often is <unk>.
+    min_count: of a folder: words that occur fewer times in its train.txt become <unk>.
     Raises UserError where that is impossible.
     """
     if name == "pydoc":
@@ -227,12 +227,13 @@ def make_recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
 def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fillers=8):
     """`recall` as streams. Returns inputs and targets, (steps, B) each.
 
-    delay: of n T - 1 fillers puts n borders between a symbol and its query, in every stream.
+    delay: in steps. Read in chunks of T steps, a delay of n T - 1 puts n borders between a symbol
+        and its query, in every stream.
     answers_only: all targets but the answers are -100, which torch's cross entropy leaves out.
 
     Stream b + 1 begins one step later in its episode than stream b. So at each border some streams
-    have just been shown their symbol, and others are about to be asked for it. Each update teaches
-    g about all of these places.
+    have just been shown their symbol, and others are about to be asked for it. So each update
+    shows the model all of these places.
     """
     period = delay + 3
     length = steps + (1 - steps) % period  # one step more than whole episodes

@@ -10,7 +10,8 @@ Papers
     DNI          Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
                  arXiv 1608.05343
     Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language
-                 Modeling", sections 2.1 (Eq. 1) and 2.2; departures: experiments/departures.md
+                 Modeling", sections 2.1 (Eq. 1) and 2.2; departures: experiments/departures.md.
+                 In brackets below, a number without a name is a section of this paper
 
 Glossary
     name       symbol    shape        meaning
@@ -25,24 +26,29 @@ Glossary
     target     target_k  as s         what g is taught in the place of δ_k, known one chunk later
     memory     h_g       (N, 50)      g's own recurrent state; `memory` is a tuple with h_g first
     alpha      α         -            a factor on δ^_{k+1} wherever it is used
+    synthetic  -         -            a chunk that uses α δ^_{k+1}. In a real chunk it is not used:
+                                      read it as 0 in the two lines that contain it
 
 The bootstrap. L_k is the loss of chunk k, a mean over its T B tokens. R_k is the summed loss of
-chunk k and of all later chunks, and δ_k = dR_k/ds_k. What should chunk k contribute to the gradient
-of θ? Its own loss, and its effect on later losses. That effect passes through s_{k+1} and nothing
-else, if d/dθ counts θ as chunk k uses it. (What later chunks do with θ is counted when they are
-read.) So, by the chain rule,
+chunk k and of all later chunks, R_k = T B L_k + R_{k+1}, and δ_k = dR_k/ds_k. All chunks use θ. Let
+dR_k/dθ be the derivative in the θ that chunk k uses. (Later chunks use θ again. Their shares are
+counted when they are read, and all shares together are the full gradient.) Chunk k acts on later
+losses through s_{k+1}. So, by the chain rule,
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
 
 Nobody knows δ_{k+1} before all the text is read. So α times g's prediction takes its place in both:
 
-    T B times the gradient of θ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}    Eq. 1
-    target_k                     =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
+    D_k       =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   α δ^_{k+1}     Eq. 1, with α
+    target_k  =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ α δ^_{k+1}
 
-The first line trains the model, the second is what g is taught. target_k contains g's own
-prediction for the next border, as in temporal-difference learning. So, border by border, g can
-learn of losses that lie further ahead than one chunk.
+The model is trained by D_k / (T B), and g is taught target_k. target_k contains g's own prediction
+for the next border, as in temporal-difference learning. So, border by border, g can learn of losses
+that lie further ahead than one chunk.
+
+(The last inputs x_prev of a QRNN with a window above 1 cross the border too, and they depend on θ
+through the embedding. They get no gradient from later chunks, in any mode.)
 
 Not here: gates that decide when to trust g, predictions of a network's inputs (DNI's "synthetic
 inputs"), interfaces between layers rather than in time.
@@ -160,8 +166,9 @@ def begin_at_zero(linear):
 
 # --------------------------------------------------------------------------------- the interface
 #
-# g is asked twice about each border: at the end of a chunk for a gradient to use, and at the start
-# of the next chunk for one to correct. In chunk k, between the borders k and k + 1, in this order:
+# g is asked about a border by the chunk that ends there, for a gradient to use (synthetic chunks
+# only), and by the chunk that begins there, for one to correct. Both questions are put by credit(),
+# when a chunk has been read. In chunk k, between the borders k and k + 1, in this order:
 #
 #     credit()    asks g for δ^_k = g(s_k), with a graph for φ, for learn() to use. h_g moves on.
 #                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, to
@@ -174,16 +181,13 @@ def begin_at_zero(linear):
 #     α / (T B) Σ δ^_{k+1} s_{k+1}        over layers, streams and neurons; δ^ is a constant
 #
 # Its derivative in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send. So one
-# backward pass computes Eq. 1 and target_k, both divided by T B. In a real chunk the term is zero.
-# g is asked for δ^_k and learns, and nothing is injected.
+# backward pass computes D_k and target_k, both divided by T B. In a real chunk the term is zero. g
+# is asked for δ^_k and learns, and nothing is injected.
 #
 # Why T B? The loss L_k is a mean, and g is taught the gradient of the summed loss. That of the mean
 # is T B times smaller. g's own gradients could then fall below Adam's epsilon, 1e-8, and g would
 # hardly learn. Also, streams do not touch one another. So a summed loss gives each stream the
 # gradient of its own losses, and how large that is does not depend on B.
-#
-# The inputs x_prev of a QRNN cross the border too. They get no gradient from later chunks in any
-# mode.
 
 
 class Interface:
@@ -238,7 +242,7 @@ class Interface:
 
         s: the leaves that the chunk began with, new ones for each chunk: a list of (B, H_l), each
             requiring a gradient. Where a text begins there is no border: pass None, and g is not
-            asked about it. (Leaves of zeros do as well. Then g also learns about a state of zeros.)
+            asked about it. (You may also pass leaves of zeros. Then g also learns about them.)
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
         synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and
@@ -256,7 +260,7 @@ class Interface:
             term = self.alpha / tokens_per_chunk * injected
             term = term + self.penalty / tokens_per_chunk * outside
         else:
-            term = s_next[0].new_zeros((), requires_grad=True)
+            term = s_next[0].new_zeros((), requires_grad=True)  # for the hook
         self.loss_scale = None
         term.register_hook(self.record_loss_scale)
         return term
@@ -410,11 +414,11 @@ def flatten(tensors):
 #
 # and the best prediction from s alone is zero. (Shown by counting in test_all.py,
 # test_what_a_state_can_tell.) With its memory h_g, g may know more than s says. And the gradient of
-# a penalty may have a mean.
+# a penalty may have a mean other than zero.
 #
-# Why does BPTT through more chunks gain something even then? It multiplies δ by ds/dθ, and both
-# depend on the words already read. Given s alone, δ has mean zero. Given s and those words its mean
-# may differ from zero, so the product can have a mean.
+# Why does BPTT through more chunks than one gain something even then? It multiplies δ by ds/dθ, and
+# both depend on the words already read. Given s alone, δ has mean zero. Given s and those words its
+# mean may differ from zero, so the mean of the product may too.
 
 
 def agreement(g, states, losses, tokens_per_chunk):
@@ -439,8 +443,10 @@ def agreement(g, states, losses, tokens_per_chunk):
         for s in states:
             predicted, memory = g(constants(s), memory)
             guesses += predicted
-    leaves = [c for s in states for c in s]
-    truths = torch.autograd.grad(sum(losses), leaves, allow_unused=True) if leaves else ()
+    of_all_borders = [c for s in states for c in s]
+    truths = ()
+    if of_all_borders:
+        truths = torch.autograd.grad(sum(losses), of_all_borders, allow_unused=True)
     if any(d is None for d in truths):
         raise ValueError(
             "states must be what the next chunk read: for a GRU torch.stack(s), s = list(h_n)"

@@ -1,9 +1,10 @@
 """A quasi-recurrent neural network (QRNN) and the language model built on it, in one file.
 
 An LSTM multiplies its previous output by a matrix at every step, so no step can begin before the
-previous one has ended. In a QRNN no matrix acts on the previous step. Its gates are computed from
-the inputs alone, so one matrix product serves all steps at once. What is left of the recurrence,
-f_t * c_{t-1}, multiplies each neuron by a number of its own: the network is "quasi" recurrent.
+previous one has ended. In a QRNN no matrix acts on the previous output or state. Its gates are
+computed from the inputs alone, so one matrix product serves all steps at once. What is left of the
+recurrence multiplies each neuron's last value by one number of its own, f_t * c_{t-1}. That is why
+the network is called quasi-recurrent.
 
 Papers
     QRNN     Bradbury, Merity, Xiong, Socher 2016, "Quasi-Recurrent Neural Networks",
@@ -40,7 +41,7 @@ from torch import nn
 
 
 def pool_loop(f, z, c0):
-    """The QRNN's only recurrence, which its paper calls pooling, step by step (QRNN, Eq. 3).
+    """The QRNN's only recurrence, which its paper calls pooling, step by step (QRNN, Eq. 4).
 
         c_t = f_t * c_{t-1} + (1 - f_t) * z_t
 
@@ -61,9 +62,9 @@ class Pool(torch.autograd.Function):
 
     L is the loss. G_t is the part of dL/dc_t that comes from the output of step t. The last state,
     c_T, also leaves the chunk. G_next is the gradient that comes back to it from the next chunk: 0
-    in truncated BPTT, a prediction where there is a DNI. Inside the chunk c_t also feeds the next
-    step, c_{t+1} = f_{t+1} c_t + (1 - f_{t+1}) z_{t+1}. So the whole gradient of c_t, called r_t,
-    follows a recurrence backwards in time:
+    in truncated BPTT, and a prediction by a second network where one is used (dni.py). Inside the
+    chunk c_t also feeds the next step, c_{t+1} = f_{t+1} c_t + (1 - f_{t+1}) z_{t+1}. So the whole
+    gradient of c_t, called r_t, follows a recurrence backwards in time:
 
         r_T = G_T + G_next
         r_t = G_t + f_{t+1} r_{t+1}
@@ -83,7 +84,8 @@ class Pool(torch.autograd.Function):
     def forward(ctx, f, z, c0):
         c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
-        # c_T is returned once more, as a tensor of its own, so that G_next arrives apart from G.
+        # c_T is returned once more, as a tensor of its own. So G_next arrives apart from G, as
+        # zeros if nobody used this c_T.
         return c[1:], c[-1].clone()
 
     @staticmethod
@@ -97,17 +99,20 @@ class Pool(torch.autograd.Function):
         return pool_gradients(G, G_next, f, z, c)
 
 
-# The last section of this file wraps the next two functions as operations of torch, under the same
-# names. So Pool then calls the operations. They run these functions, or on a GPU a kernel each.
+# Read the next two as plain functions, which Pool calls. (The last section of this file registers
+# them with torch under the same names, so that torch.compile leaves their loops whole, and a GPU
+# can run one kernel in the place of each loop.)
 
 
 def pool_states(f, z, c0):
     """c_0 .. c_T (T + 1, B, H), written into memory that is taken once."""
     c = z.new_empty(z.shape[0] + 1, *c0.shape)
     c[0] = c0
-    c_t = c.unbind()
-    for t, (f_t, z_t) in enumerate(zip(f.unbind(), z.unbind())):
-        torch.lerp(z_t, c_t[t], f_t, out=c_t[t + 1])  # f c + (1 - f) z
+    cs = c.unbind()  # cs[0] is c_0, and fs[0], zs[0] are f_1, z_1
+    fs = f.unbind()
+    zs = z.unbind()
+    for t in range(len(fs)):
+        torch.lerp(zs[t], cs[t], fs[t], out=cs[t + 1])  # f c + (1 - f) z
     return c
 
 
@@ -115,20 +120,20 @@ def pool_gradients(G, G_next, f, z, c):
     """dL/df, dL/dz (T, B, H) and dL/dc_0 (B, H), from r_T down to r_1. c: from `pool_states`."""
     r = torch.empty_like(G, memory_format=torch.contiguous_format)
     torch.add(G[-1], G_next, out=r[-1])  # r_T = G_T + G_next
-    G_t = G.unbind()
-    f_t = f.unbind()
-    r_t = r.unbind()
-    for t in range(r.shape[0] - 2, -1, -1):
-        torch.addcmul(G_t[t], f_t[t + 1], r_t[t + 1], out=r_t[t])  # r_t = G_t + f_{t+1} r_{t+1}
+    Gs = G.unbind()
+    fs = f.unbind()
+    rs = r.unbind()
+    for t in range(len(rs) - 2, -1, -1):
+        torch.addcmul(Gs[t], fs[t + 1], rs[t + 1], out=rs[t])  # r_t = G_t + f_{t+1} r_{t+1}
     return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]
 
 
 def pool(f, z, c0):
     """c_1 .. c_T (T, B, H) as `pool_loop` computes them, and once more, apart, c_T (B, H).
 
-    If T is 1 there is no loop to save, and autograd does all. If T is larger there is no second
-    derivative, and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those.
-    Raises RuntimeError in the backward pass if T > 1 and a second derivative is asked for.
+    If T is 1, autograd does all: there is no loop. If T is larger there is no second derivative,
+    and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those. Raises
+    RuntimeError in the backward pass if T > 1 and a second derivative is asked for.
     """
     if f.shape[0] == 1:
         c = f * c0 + (1 - f) * z
@@ -252,7 +257,7 @@ class QRNN(nn.Module):
         nn.LSTM.
     dropout: between layers, not after the last. Unlike nn.LSTM's, its mask is the same at all
         steps.
-    window: that of every layer, or a list with one a layer.
+    window: of all layers, or a list with one for each layer.
     zoneout, weight_dropout: as in QRNNLayer.
     Raises ValueError for sizes that do not fit together, TypeError for a size that is no integer.
     """
@@ -338,7 +343,7 @@ class LanguageModel(nn.Module):
         locked.
     dropout_embedding, dropout_weight: in [0, 1), of whole words and of the gates' weights.
     activation, temporal: weights of the two penalties in `forward`, which AWD calls activation
-        regularisation (AR) and temporal activation regularisation (TAR); its defaults.
+        regularisation (AR) and temporal activation regularisation (TAR). The defaults are AWD's.
     """
 
     def __init__(

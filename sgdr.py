@@ -36,6 +36,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Run(NamedTuple):
+    """A moment of a training, by the run that it lies in."""
+
     index: int  # i
     elapsed: float  # E_cur, epochs
     length: float  # E_i, epochs
@@ -46,8 +48,8 @@ def run_at(epoch, base=1, mult=2):
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
     base: length of run 0 in epochs, above 0.
-    mult: run i lasts base * mult^i epochs; at least 1. With base 5 and mult 2, as in the paper, the
-        restarts are at 5, 15, 35, 75, 155, 315.
+    mult: run i lasts base * mult^i epochs; at least 1. With mult 2, as in the paper, and base 5,
+        the restarts are at 5, 15, 35, 75, 155, 315.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run
     2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
     Raises ValueError for a number out of its range.
@@ -77,13 +79,16 @@ class SGDR(LRScheduler):
         is above eta_min.
     last_epoch: as in PyTorch's schedulers.
 
-    step(epoch) sets the clock. To follow the cosine within an epoch, call step(epoch + batch /
-    batches) before each batch. step() adds 1 to the clock. If it is called after each batch, as
-    Lightning does, the clock and base count batches.
+    step(epoch) sets the clock. To follow the cosine within an epoch, call
 
-    If all runs have one rate, and mult is 1 or 2, the values equal those of
-    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit, or to rounding where
-    step() goes on from a fraction.
+        schedule.step(epoch + batch / batches)
+
+    before each batch. step() adds 1 to the clock. If it is called once a batch (by Lightning with
+    interval="step", say), the clock and base count batches.
+
+    With one eta_max and one eta_min for all runs, and mult 1 or 2, the rates equal those of
+    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit (to rounding, where step()
+    follows a step(epoch) with a fraction).
 
     To resume, make SGDR first. Then load the optimiser's state_dict, and SGDR's.
 
@@ -103,7 +108,7 @@ class SGDR(LRScheduler):
         return run_at(self.last_epoch, self.base, self.mult)
 
     def get_lr(self):
-        """The rates of the last step, one a parameter group. (PyTorch's base class asks.)"""
+        """The rates of the last step, one a parameter group. PyTorch's base class calls this."""
         return self.rates_at(self.run)
 
     def rates_at(self, run):

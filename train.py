@@ -7,9 +7,9 @@ experiments/departures.md.
 
 Why alternate? The paper cites a finding of others: models that were trained with synthetic
 gradients represent a text differently from models that were trained with real ones. The authors
-hope that alternating the two shows the optimiser more of the loss. The learning rate restarts at
-each change, so that the weights can leave a minimum for a better one (1, 2.3). Two things depend on
-the mode:
+hope that alternating the two lets the optimiser see more of the loss surface than either kind
+alone. The learning rate restarts at each change, so that the weights can leave a minimum for a
+better one (1, 2.3). Two things depend on the mode:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
@@ -25,7 +25,7 @@ Glossary
                               chunks
     state      [(c, x_prev)]  what crosses border k: c (B, H) and x_prev of each layer; s_k: the c's
     dni        g, h_g         the Interface of dni.py: a network g and its memory h_g
-    gradient   -              "real" or "synthetic": what crosses the border at the end of a chunk
+    gradient   -              "synthetic" if g's gradient enters a chunk at its end, else "real"
     run        i              of SGDR: from one restart of the learning rate to the next
 
 Not here: fine-tuning, dynamic evaluation, several processes, checkpoints within an epoch.
@@ -62,7 +62,7 @@ def with_dni(settings):
 
 
 def gradient_at(settings, run, epoch):
-    """What crosses the border at the end of a chunk: "real" or "synthetic".
+    """The kind of a chunk: "synthetic" if g's gradient enters it at its end, else "real".
 
     run: of SGDR.
     epoch: how many epochs have passed, a fraction.
@@ -128,7 +128,8 @@ def train_step(
             s_next = [c for c, _ in new_state]
             loss = loss + dni.credit(s, s_next, inputs.numel(), synthetic)
 
-    # 3. Backward: θ gets the gradient of Eq. 1, and s_k.grad is target_k, both divided by T B.
+    # 3. Backward: θ gets D_k / (T B), where D_k is Eq. 1, and s_k.grad is target_k / (T B)
+    # (dni.py).
     loss.backward()
 
     # 4. Regress: a step of Adam for φ, on the mean of (δ^_k - target_k)². Real chunks do it too.
@@ -285,7 +286,7 @@ class Settings:
     """
     mode: str = setting("alternating", "bptt dni restart alternating", "gradients and rate")
     data: str = setting("pydoc", "", f"{', '.join(CORPORA)}, or a folder of your own three texts")
-    min_count: int = setting(1, "at least 1", "words that your train.txt has less often are <unk>")
+    min_count: int = setting(1, "at least 1", "words seen fewer times in your train.txt are <unk>")
     gradient: str = setting("real", "real synthetic", "of mode restart: as in bptt, or as in dni")
     epochs: int = setting(15, "at least 1", "passes over the training text; paper: 320 (3.2)")
     seed: int = setting(42, "from 0 to 2^63 - 1", "of all random numbers; code: 42")
@@ -327,7 +328,7 @@ MAY_CHANGE = ("epochs", "data", "device", "precision", "compile", "data_dir")
 
 
 def preset(name, mode, data):
-    """The settings that flags are put on: "small", for two CPU cores, or "paper", for a GPU."""
+    """The settings to start from, which flags change: "small", for two CPU cores, or "paper"."""
     if name == "small":
         constant_rate = mode in ("bptt", "dni")
         return Settings(mode=mode, data=data, lr=4e-3 if constant_rate else 1e-2)
@@ -370,7 +371,9 @@ def make_parser():
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
-        "--preset", choices=("small", "paper"), help="settings that flags are put on [small]"
+        "--preset",
+        choices=("small", "paper"),
+        help="settings to start from; flags change them [small]",
     )
     parser.add_argument(
         "--out", type=Path, help="folder for log.csv and checkpoint.pt [new, in trainings/]"
@@ -808,8 +811,8 @@ def pick_device(name, precision):
 def keep_freed_memory():
     """Ask glibc to keep the memory that a step frees.
 
-    As it comes, large tensors go back to the kernel. It clears and maps their pages of 4 KB one by
-    one when the next step takes the same memory again.
+    By default it gives large tensors back to the kernel. The kernel clears and maps their pages of
+    4 KB one by one when the next step takes the same memory again.
     """
     if sys.platform != "linux":
         return

@@ -11,10 +11,10 @@ the parameters of the model and of g, s_k is the state at border k, δ^_k its sy
 h_g the memory of g. AWD is the paper of the network and its regularisation, arXiv 1708.02182. A
 number without a name is a section of Shang & Zhang.
 
-Truncation. No graph is cut at a border here. The graph of a whole epoch stays in memory. But each
-chunk has NEW weights, which the step before has made. A chunk asks for the derivative in these
-alone, and in s_k. The older weights acted on the chunks before, and nobody asks for the derivative
-in them: that is truncation. It holds for φ in the same way: the memory h_g comes from older φ.
+Truncation. s_k is not detached at a border here. But each chunk has NEW weights, which the step
+before has made, and asks for the derivative in these alone, and in s_k. The older weights acted on
+the chunks before. They are other tensors, and nobody asks for the derivative in them: that is
+truncation. It holds for φ in the same way: the memory h_g comes from older φ.
 
 Not here: dropout, a penalty on states outside [-1, 1] (the c of a QRNN stays within), evaluation,
 speed.
@@ -176,8 +176,8 @@ def chunks(length, settings, epoch):
     """Yield (start, stop) of the chunks of an epoch, of T steps each.
 
     With jitter T is drawn from N(chunk, 5), one in twenty from N(chunk / 2, 5), and is at least 5.
-    The seed and the order of the draws are the one thing that is taken from train.py: both cut the
-    text alike.
+    The seed and the order of the draws are taken from train.py, as the names of the weights are. So
+    both cut the text alike.
     """
     draw = random.Random(f"{settings.seed} {epoch}")
     start = 0
@@ -227,7 +227,8 @@ def training(theta, phi, inputs, targets, settings, epochs):
 
             # 2. g predicts the gradient of s_k, to be corrected in 4. Nothing is predicted for s_0.
             #    past: the last borders, by default this one alone. g is run over all of them with
-            #    its newest weights. So its error also teaches it what to store in its memory.
+            #    its newest weights. If there are more than one, its error also teaches it what to
+            #    store in its memory.
             if phi and start > 0:
                 past = [*past, (s_k, memory)][-settings.dni_borders :]
                 _, memory = past[0]
