@@ -232,8 +232,8 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     answers_only: all targets but the answers are -100, which torch's cross entropy leaves out.
 
     Stream b + 1 begins one step later in its episode than stream b. So at each border some streams
-    have just been shown their symbol, and others are about to be asked for it. So each update
-    shows the model all of these places.
+    have just been shown their symbol, and others are about to be asked for it. An update shows
+    the model all of these places.
     """
     period = delay + 3
     length = steps + (1 - steps) % period  # one step more than whole episodes

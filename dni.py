@@ -421,37 +421,101 @@ def flatten(tensors):
 # mean may differ from zero, so the mean of the product may too.
 
 
-def agreement(g, states, losses, tokens_per_chunk):
-    """Cosine and R² of g's predictions with the TRUE gradients, on a text read in one graph.
+# ------------------------------------------------------ how right is g, and how much does it do?
+#
+# A text is measured as it is trained on: in chunks (s, s_next, loss), each with a graph of its own.
+# These are the leaves that a chunk began with, the states that it ended with, and its loss, a mean
+# over T B tokens. For K + 1 chunks there are K borders between them. The border before the first
+# chunk is not looked at, nor is the one after the last.
 
-    g: called as by Interface, with a memory of its own.
-    states: [s_1, .., s_K], the state at each border, a list of (B, H_l), the very tensors that
-        chunk k reads.
-    losses: those of the K + 1 chunks, means over tokens_per_chunk tokens each.
-    tokens_per_chunk: T B.
 
-    δ_k is the gradient of all losses after border k, to the end of the text. (g's targets are no
-    measure, for they hold its own predictions.) Returns two floats. The graph is used up.
+@torch.no_grad()
+def predictions(g, chunks, memory=None):
+    """What g says at each border between the chunks.
+
+    chunks: [(s, s_next, loss)], as above.
+    memory: what g returned at the border before these, or None where a text begins.
+    Returns [δ^_1, .., δ^_K], each a list like s, and the memory after the last.
     """
-    if len(losses) != len(states) + 1:
-        raise ValueError(
-            f"{len(states)} borders, so {len(states) + 1} losses are needed, got {len(losses)}"
-        )
-    guesses = []
-    memory = None
-    with torch.no_grad():
-        for s in states:
-            predicted, memory = g(constants(s), memory)
-            guesses += predicted
-    of_all_borders = [c for s in states for c in s]
-    truths = ()
-    if of_all_borders:
-        truths = torch.autograd.grad(sum(losses), of_all_borders, allow_unused=True)
-    if any(d is None for d in truths):
-        raise ValueError(
-            "states must be what the next chunk read: for a GRU torch.stack(s), s = list(h_n)"
-        )
-    return compare(guesses, [tokens_per_chunk * d for d in truths])
+    found = []
+    for s, _, _ in chunks[1:]:
+        predicted, memory = g(constants(s), memory)
+        found.append(predicted)
+    return found, memory
+
+
+def true_gradients(chunks, tokens_per_chunk):
+    """What g should say there: [δ_1, .., δ_K], each a list like s.
+
+        δ_k  =  T B dL_k/ds_k + (ds_{k+1}/ds_k)ᵀ δ_{k+1}      nothing follows the last chunk
+
+    s_k is a leaf that chunk k alone reads. So δ_k holds the losses after border k and no other,
+    even where the state is also an output of the chunk before, as in a cell that is called in a
+    loop.
+    Raises ValueError if a chunk did not read its s.
+    """
+    found = []
+    for s, s_next, loss in reversed(chunks[1:]):
+        future = tokens_per_chunk * loss
+        if found:
+            future = future + sum((d * c).sum() for d, c in zip(found[0], s_next))
+        delta = torch.autograd.grad(future, s, retain_graph=True, allow_unused=True)
+        if any(d is None for d in delta):
+            raise ValueError("s must be the leaves that the chunk read, as in Interface")
+        found.insert(0, list(delta))
+    return found
+
+
+def through_borders(gradients, chunks, parameters):
+    """The gradient of θ, a vector, if at border k a gradient d_k enters the chunk that ends there.
+
+        Σ_k (ds_k/dθ)ᵀ d_k        ds_k/dθ goes back through one chunk
+
+    gradients: [d_1, .., d_K], each a list like s.
+    """
+    entering = torch.zeros((), requires_grad=True)  # for a text without a border
+    for at_border, (_, s_next, _) in zip(gradients, chunks):
+        for d, c in zip(at_border, s_next):
+            entering = entering + (d * c).sum()
+    return gradient_of(entering, parameters)
+
+
+def gradient_of(loss, parameters):
+    """The gradient of all parameters as one vector; zero where the loss does not depend on one."""
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return flatten(found)
+
+
+def agreement(g, chunks, tokens_per_chunk):
+    """Cosine and R² of g's predictions with the TRUE gradients, two floats; nan without a border.
+
+    (g's targets are no measure, for they hold its own predictions.)
+    """
+    predicted, _ = predictions(g, chunks)
+    truth = true_gradients(chunks, tokens_per_chunk)
+    return compare(sum(predicted, []), sum(truth, []))
+
+
+def crossing(g, chunks, tokens_per_chunk, parameters, alpha):
+    """How much g does: three gradients of θ, summed over the chunks.
+
+        truncated  =  Σ_k dL_k/dθ                        the chunks apart: truncated BPTT
+        lost       =  Σ_k (ds_k/dθ)ᵀ δ_k / (T B)         what truncation leaves out
+        injected   =  Σ_k (ds_k/dθ)ᵀ α δ^_k / (T B)      what Eq. 1 adds with g's predictions
+
+    dL_k/dθ and ds_k/dθ go back through one chunk. By the chain rule, truncated + lost is the
+    gradient of Σ_k L_k in one graph of all chunks (with x_prev cut). A g that is always right, with
+    α = 1, injects what was lost.
+
+    parameters: θ, a list of tensors that require a gradient.
+    Returns truncated, lost and injected, a vector each.
+    """
+    predicted, _ = predictions(g, chunks)
+    truth = true_gradients(chunks, tokens_per_chunk)
+    truncated = gradient_of(sum(loss for _, _, loss in chunks), parameters)
+    lost = through_borders(truth, chunks, parameters) / tokens_per_chunk
+    injected = through_borders(predicted, chunks, parameters) * alpha / tokens_per_chunk
+    return truncated, lost, injected
 
 
 def compare(predicted, truth):

@@ -154,9 +154,7 @@ def per_run(bound, i):
 
 
 if __name__ == "__main__":
-    print(
-        "E_base = 5: run i lasts 5 * 2^i epochs. A warm restart raises the rate, not the weights."
-    )
+    print("E_base = 5: run i lasts 5 * 2^i epochs. A warm restart keeps the weights.")
     print("The rate falls from 1e-3 to 0 in each run. One line an epoch:")
     schedule = SGDR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), base=5)
     for epoch in range(36):

@@ -45,8 +45,10 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.testing import assert_close as close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import authors
 import data
 import dni as dni_module
+import injected
 import plain
 import qrnn as qrnn_module
 import recall
@@ -54,7 +56,7 @@ import report
 import reproduce
 import text as text_study
 import train
-from dni import Interface, LayerDNI, NeuronDNI, agreement, flatten
+from dni import Interface, LayerDNI, NeuronDNI, agreement, crossing, flatten
 from qrnn import QRNN, LanguageModel, QRNNLayer, pool, pool_loop
 from sgdr import SGDR, run_at
 
@@ -853,31 +855,190 @@ def test_the_penalty_holds_what_is_outside():
         assert torch.equal(found[0, 1:5], (0.7 / 5 * predicted)[0, 1:5])
 
 
-def test_agreement_is_with_the_truth():
-    """Cosine and R² by hand, from the gradient of all losses after each border.
+def plain_losses(windows=(1, 1)):
+    """tiny_model without penalties, its chunks, and θ."""
+    model, chunks = tiny_model(windows)
+    model.activation = 0.0
+    model.temporal = 0.0
+    return model, chunks, list(model.parameters())
 
-    Without a border both are nan.
+
+def read_apart(model, chunks):
+    """The chunks as train.py reads them to be measured."""
+    inputs = torch.cat([x for x, _ in chunks])
+    targets = torch.cat([y for _, y in chunks])
+    return train.read_chunks(model, inputs, targets, len(chunks[0][0]))[0]
+
+
+def test_agreement_is_with_the_truth():
+    """Cosine and R² by hand, from the gradient of all losses after each border; nan without one.
+
+    Left: chunks with a graph each. Right: one graph of the whole text.
     """
-    model, chunks = tiny_model()
-    losses, states = one_graph(model.eval(), chunks)
-    g, memory, guesses, truths = lively(NeuronDNI().double()), None, [], []
+    model, chunks, _ = plain_losses()
+    losses, states = one_graph(model, chunks)
+    g = lively(NeuronDNI().double())
+    memory = None
+    guesses = []
+    truths = []
     for k in range(2):
         predicted, memory = g(c_of(states[k]), memory)
         guesses.append(flatten(predicted))
-        true = grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True)
-        truths.append(8 * flatten(true))  # T B = 8
+        later = grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True)
+        truths.append(8 * flatten(later))  # T B
     p, t = torch.cat(guesses), torch.cat(truths)
     expected = [
         F.cosine_similarity(p, t, 0).item(),
         (1 - (p - t).square().sum() / t.square().sum()).item(),
     ]
-    assert agreement(g, list(map(c_of, states[:2])), losses, 8) == pytest.approx(expected)
-    assert all(map(math.isnan, agreement(g, [], losses[:1], 8)))
-    with pytest.raises(ValueError, match="1 borders, so 2 losses are needed, got 3"):
-        agreement(g, states[:1], losses, 8)
-    with pytest.raises(ValueError, match="what the next chunk read"):
-        copies = [[c + 0 for c in c_of(state)] for state in states[:2]]
-        agreement(g, copies, one_graph(model, chunks)[0], 8)
+    read = read_apart(model, chunks)
+    assert agreement(g, read, 8) == pytest.approx(expected)
+    assert all(map(math.isnan, agreement(g, read[:1], 8)))
+    copies = [([c + 0 for c in s or []], s_next, loss) for s, s_next, loss in read]
+    with pytest.raises(ValueError, match="the leaves that the chunk read"):
+        agreement(g, copies, 8)
+
+
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
+def test_an_oracle_agrees_with_any_cell(kind):
+    """A g that is always right has cosine 1 and R² 1, even where a state is an output too.
+
+    The oracle reads all text after a border again, in one graph, from a copy of the state there.
+    """
+    T, B = 3, 2
+    embedding = nn.Embedding(7, 5).double()
+    cell = kind(5, 6).double()
+    decoder = nn.Linear(6, 7).double()
+    text = torch.randint(7, (4 * T + 1, B))
+
+    def read(s, start, stop):
+        """The states after these steps, and the mean loss."""
+        loss = 0.0
+        for x, y in zip(text[start:stop], text[start + 1 :]):
+            s = cell(embedding(x), s if kind is nn.LSTMCell else s[0])
+            s = list(s) if kind is nn.LSTMCell else [s]
+            loss = loss + F.cross_entropy(decoder(s[0]), y, reduction="sum")
+        return s, loss / (T * B)
+
+    s_next = [torch.zeros(B, 6, **DOUBLE)] * (2 if kind is nn.LSTMCell else 1)
+    chunks = []
+    answers = []
+    for k in range(4):
+        s = [c.detach().requires_grad_() for c in s_next]
+        _, rest = read(s, k * T, 4 * T)
+        answers.append([T * B * d for d in grad(rest, s)])
+        s = [c.detach().requires_grad_() for c in s_next]
+        s_next, loss = read(s, k * T, k * T + T)
+        chunks.append((s, s_next, loss))
+    truth = iter(answers[1:])
+    assert agreement(lambda s, memory: (next(truth), None), chunks, T * B) == pytest.approx((1, 1))
+
+
+def cut(state):
+    """The state without the graph of x_prev, which crosses a border in one graph otherwise."""
+    return [(c, x_prev.detach()) for c, x_prev in state]
+
+
+def one_graph_and_apart(model, chunks, parameters):
+    """The gradient of Σ L_k in one graph with x_prev cut, and that with every border cut."""
+    state = None
+    total = 0.0
+    apart = 0.0
+    for x, y in chunks:
+        nll, _, new_state = model(x, y, state)
+        total = total + nll
+        state = cut(new_state)
+    for k, (x, y) in enumerate(chunks):
+        before = None
+        for earlier, _ in chunks[:k]:  # the words before, read again and forgotten
+            before = train.detach_state(model.logits(earlier, before)[1])
+        nll, _, _ = model(x, y, before)
+        apart = apart + flatten(grad(nll, parameters))
+    return flatten(grad(total, parameters)), apart
+
+
+@pytest.mark.parametrize("windows", [(1, 1), (2, 1)], ids=["window 1", "window 2"])
+def test_injected_and_lost_by_hand(windows):
+    """truncated, lost and injected, the three gradients of θ, for three chunks.
+
+    Left: `crossing`, chunk by chunk. Right: lost is what one graph has and chunks cut apart have
+        not, though
+    x_prev is cut in both. Injected comes from the whole Jacobian of each border's state, as a
+    matrix, times α and what g says there.
+    """
+    alpha = 0.7
+    T_B = 8
+    model, chunks, parameters = plain_losses(windows)
+    g = lively(NeuronDNI().double())
+    left = crossing(g, read_apart(model, chunks), T_B, parameters, alpha)
+
+    whole, apart = one_graph_and_apart(model, chunks, parameters)
+    names = [name for name, _ in model.named_parameters()]
+    injected = 0.0
+    memory = None
+    state = None
+    for x, _ in chunks[:2]:  # one border ends each
+
+        def state_after(*values, x=x, state=state):
+            of_theta = dict(zip(names, values))
+            _, after = torch.func.functional_call(model, of_theta, (x, x, state))[1:]
+            return flatten(c_of(after))
+
+        rows = torch.autograd.functional.jacobian(state_after, tuple(parameters))
+        jacobian = torch.cat(
+            [row.flatten(1) for row in rows], 1
+        )  # ds/dθ, (N, number of parameters)
+        state = train.detach_state(model.logits(x, state)[1])
+        predicted, memory = g(c_of(state), memory)
+        injected = injected + alpha / T_B * jacobian.T @ flatten(predicted)
+    close(left, (apart, whole - apart, injected))
+    assert all(part.norm() > 1e-3 * apart.norm() for part in left)  # none is empty
+
+
+def test_a_g_that_is_right_injects_what_is_lost():
+    """With α = 1. And a text without a border loses nothing."""
+    model, chunks, parameters = plain_losses()
+    losses, states = one_graph(model, chunks)
+    answers = []
+    for k in range(2):
+        later = grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True)
+        answers.append([8 * d for d in later])
+    truth = iter(answers)
+    read = read_apart(model, chunks)
+    _, lost, injected = crossing(lambda s, memory: (next(truth), None), read, 8, parameters, 1.0)
+    close(injected, lost)
+    _, lost, injected = crossing(NeuronDNI().double(), read[:1], 8, parameters, 1.0)
+    assert not lost.any() and not injected.any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_log_csv_says_of_a_g(training):
+    """dni_injected and dni_lost are norms over that of the truncated gradient, without dropout.
+
+    The model is given back in the mode in which it came.
+    """
+    model, _, parameters = plain_losses()
+    model.dropout_input = 0.5
+    model.train(training)
+    g = lively(NeuronDNI().double())
+    settings = small_settings("dni", batch_size=8, chunk=4, dni_alpha=0.7)
+    tokens = torch.randint(11, (45,))
+    found = train.measure(model, g, tokens, settings)
+    assert model.training == training
+
+    model.eval()
+    inputs, targets = data.streams(tokens, 2)
+    chunks = list(zip(inputs[:16].split(4), targets[:16].split(4)))
+    whole, apart = one_graph_and_apart(model, chunks, parameters)
+    read = read_apart(model, chunks)
+    _, _, injected = crossing(g, read, 8, parameters, 0.7)
+    lost = (whole - apart).norm() / apart.norm()
+    injected = injected.norm() / apart.norm()
+    cosine, r2 = agreement(g, read, 8)
+    expected = dict(
+        dni_cosine=cosine, dni_r2=r2, dni_injected=injected.item(), dni_lost=lost.item()
+    )
+    assert found == pytest.approx(expected)
 
 
 @SLOW
@@ -899,10 +1060,11 @@ def test_an_lstm_is_held_by_the_penalty(monkeypatch):
     for penalty in (0.01, 0.0):
         [row] = recall.one({**case, "penalty": penalty}, updates=1200, alpha=1.0)
         _, own_r2 = dni_module.compare(*learned[-1])
-        model, g, inputs, _, state = steps[-4]
-        chunks = [(inputs, targets) for _, _, inputs, targets, _ in steps[-4:]]
-        losses, states = one_graph(model, chunks, state)
-        cosine, r2 = agreement(g, list(map(c_of, states[:3])), losses, inputs.numel())
+        model, g, _, _, state = steps[-4]
+        inputs = torch.cat([step[2] for step in steps[-4:]])
+        targets = torch.cat([step[3] for step in steps[-4:]])
+        chunks, _ = train.read_chunks(model, inputs, targets, recall.T, state)
+        cosine, r2 = agreement(g, chunks, inputs.numel() // 4)
         if penalty:
             assert row["accuracy"] > 0.9 and row["size"] < 2
         else:
@@ -1828,10 +1990,8 @@ def test_a_training_that_is_done_is_only_tested(corpus, tmp_path, monkeypatch):
     )
     g = NeuronDNI()
     g.load_state_dict(left_by(folder)[1][1])
-    found = train.true_agreement(model, g, text.valid, small_settings(batch_size=4, chunk=20))
-    assert (float(rows[0]["dni_cosine"]), float(rows[0]["dni_r2"])) == pytest.approx(
-        found, abs=1e-5
-    )
+    found = train.measure(model, g, text.valid, small_settings(batch_size=4, chunk=20))
+    assert {name: float(rows[0][name]) for name in found} == pytest.approx(found, abs=1e-5)
     (folder / "log.csv").unlink()
     assert succeed("--resume", folder) == last and left_by(folder)[0] == rows
     shutil.move(corpus, tmp_path / "moved")  # a corpus is known by its words
@@ -2088,9 +2248,10 @@ def imports_of(path):
 
 
 def test_the_house():
-    """Arrows run downwards: a file imports torch, numpy and files below it. No other file is there.
+    """Arrows run downwards: a file imports torch, numpy and files below it.
 
-    plain.py imports torch and the standard library alone.
+    At the top no other file is there. plain.py imports torch and the standard library alone. Only
+    the figures need matplotlib. A script that is not named here may import all that others may.
     """
     top = {
         "qrnn": set(),
@@ -2105,29 +2266,33 @@ def test_the_house():
         "speed": {"study", "train", "qrnn"},
         "text": {"study", "train", "data", "dni"},
         "recall": {"study", "train", "data", "dni"},
+        "injected": {"study", "text", "train", "data", "dni"},
+        "authors": {"study", "injected", "train", "data", "dni"},
+        "alternate": {"study", "text", "train", "data", "dni", "sgdr"},
         "reproduce": {"study", "train"},
         "report": {"study", "text", "recall"},
         "figures": {"study", "train", "sgdr"},
         "gpu": {"study", "train", "speed", "reproduce", "report"},
     }
-    tested = {"plain", "study", "text", "recall", "reproduce", "report"}
-    files = {HERE / f"{name}.py": below for name, below in top.items()}
-    files |= {study.HERE / f"{name}.py": below for name, below in scripts.items()}
-    files[HERE / "test_all.py"] = {*top, *tested}
+    tested = {"plain", "study", "text", "recall", "reproduce", "report", "injected", "authors"}
     more = {
         "qrnn": {"triton"},
         "test_all": {"pytest"},
         "report": {"matplotlib"},
         "figures": {"matplotlib"},
     }
-    assert {*HERE.glob("*.py"), *study.HERE.glob("*.py")} == set(files)
+    free = {*sys.stdlib_module_names, "torch", "numpy"} - {"importlib"}  # it would hide an import
+    below = {**top, **scripts, "test_all": {*top, *tested}}
+    found = {path.stem: path for path in study.HERE.glob("*.py")}
+    assert set(scripts) <= set(found)
+    anything = {*top, *found}
+    found |= {path.stem: path for path in HERE.glob("*.py")}
+    assert {path.stem for path in HERE.glob("*.py")} == {*top, "test_all"}
     assert not list(HERE.glob("*/__init__.py"))
-    for path, below in files.items():
-        free = {*sys.stdlib_module_names, "torch", "numpy"} - {"importlib"}
-        if path.stem == "plain":
-            free.remove("numpy")
-        allowed = free | below | more.get(path.stem, set())
-        assert imports_of(path) <= allowed, path
+    for name, path in found.items():
+        allowed = free | below.get(name, anything) | more.get(name, set())
+        assert imports_of(path) <= allowed, name
+    assert "numpy" not in imports_of(found["plain"])
 
 
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])
@@ -2224,6 +2389,98 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
     assert "dni compiled" in (tmp_path / "profile.txt").read_text() and "TFLOP/s" in said
 
 
+def test_the_authors_g_is_a_loop_over_neurons():
+    """One sequence across all neurons of all streams: stream by stream, in a stream layer by layer.
+
+    Left: the g of the study. Right: a loop over the neurons, with the same noise and the same
+        zoneout.
+    """
+    g = authors.AcrossNeurons(hidden_size=5).double()
+    W_e, b_e = g.encode.weight[:, 0], g.encode.bias
+    W, b = g.gates.weight, g.gates.bias
+    W_d, b_d = g.decode.weight[0], g.decode.bias
+    assert W_e.abs().max() <= 0.1 and W_d.abs().max() <= 0.1 and not b_e.any() and not b_d.any()
+    memory = None
+    m = torch.zeros(5, **DOUBLE)
+    x_before = torch.zeros(5, **DOUBLE)
+    for border in range(2):  # the memory goes on from the last neuron to the first
+        s = [randn(3, 4), randn(3, 2)]
+        torch.manual_seed(border)
+        predicted, memory = g(s, memory)
+        torch.manual_seed(border)
+        noise = torch.empty(18, 1, **DOUBLE).normal_(1.0, 0.5)
+        kept = torch.rand(18, 5, **DOUBLE) < 0.1
+        for stream in range(3):
+            for layer, size in enumerate((4, 2)):
+                for neuron in range(size):
+                    n = stream * 6 + (0, 4)[layer] + neuron
+                    x = W_e * (s[layer][stream, neuron] * noise[n]) + b_e
+                    z, u, o = (W @ torch.cat([x_before, x]) + b).chunk(3)
+                    u = torch.where(kept[n], 0.0, u.sigmoid())
+                    m = u * z.tanh() + (1 - u) * m
+                    x_before = x
+                    answer = W_d @ (o.sigmoid() * m) + b_d[0]
+                    close(predicted[layer][stream, neuron], answer)
+        close(memory, (m[None], x_before[None]))
+    f, z = torch.rand(700, 1, 5), torch.randn(700, 1, 5)  # so long that products of f are 0
+    close(authors.scan(f, (1 - f) * z), pool_loop(f, z, torch.zeros(1, 5)))
+
+
+def test_the_authors_g_learns_the_sum_of_squares():
+    """On the gradients of the mean loss, without their unit of dni.py: one step of Adam at 1e-3."""
+    g = authors.AcrossNeurons().double()
+    s = [randn(3, 4).requires_grad_(), randn(3, 2).requires_grad_()]
+    for c in s:
+        c.grad = randn(*c.shape)
+    torch.manual_seed(0)
+    predicted, _ = g(s)
+    error = sum(((d - c.grad) ** 2).sum() for d, c in zip(predicted, s))
+    expected = grad(error, list(g.parameters()))
+    torch.manual_seed(0)
+    authors.teach(g, torch.optim.SGD(g.parameters(), 0.0), s, None)
+    close([p.grad for p in g.parameters()], list(expected))
+    ask = authors.in_unit_of_dni(g, 10)
+    torch.manual_seed(0)
+    close(ask(s, None)[0], [10 * d for d in predicted])
+
+
+def test_sums_over_windows_are_one_text():
+    """The study's sums are those of `crossing` over its windows, with state and memory carried on.
+
+    A text that is too short is read again from `shift` further on.
+    """
+    model, _, parameters = plain_losses()
+    g = lively(NeuronDNI().double())
+    inputs, targets = torch.randint(11, (2, 20, 2))
+    texts = list(injected.windows(inputs, targets, 8, 3, 3))
+    assert [begins for _, _, begins in texts] == [True, False, True]
+    assert torch.equal(texts[1][0], inputs[8:16]) and torch.equal(texts[2][1], targets[3:11])
+    found = injected.summary(injected.look_on(model, g, 0.7, texts, 4))
+
+    total = [0.0] * 3
+    for text, begins in ((inputs[:16], True), (inputs[3:11], False)):
+        labels = targets[:16] if begins else targets[3:11]
+        chunks, _ = train.read_chunks(model, text, labels, 4)
+        memory = None
+        for n in range(0, len(chunks), 2):
+            window = chunks[n : n + 2]
+            if n:  # the border between two windows: g sees it, and nothing is injected there
+                _, memory = g([c.detach() for c in window[0][0]], memory)
+
+            def remembering(s, fresh, memory=memory):
+                return g(s, memory if fresh is None else fresh)
+
+            total = [
+                a + b for a, b in zip(total, crossing(remembering, window, 8, parameters, 0.7))
+            ]
+            _, memory = g([c.detach() for c in window[1][0]], memory)
+    truncated, lost, sent = total
+    assert found["lost"] == pytest.approx((lost.norm() / truncated.norm()).item(), rel=1e-3)
+    assert found["injected"] == pytest.approx((sent.norm() / truncated.norm()).item(), rel=1e-3)
+    cosine = F.cosine_similarity(sent, lost, 0).item()
+    assert found["cosine"] == pytest.approx(cosine, rel=1e-3) and found["windows"] == 3
+
+
 def test_results_are_what_the_logs_say():
     """results.md and README's tables are what report.py makes of the logs, to the letter.
 
@@ -2256,7 +2513,8 @@ def tiny_studies(corpus, tmp_path, monkeypatch):
         _, _, *arguments = command  # python train.py ARGUMENTS
         return program(*arguments)
 
-    monkeypatch.setattr(subprocess, "run", train_here)
+    of_reproduce = types.SimpleNamespace(run=train_here, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(reproduce, "subprocess", of_reproduce)
     monkeypatch.setattr(train, "compile_modules", lambda modules: None)
     monkeypatch.setattr(study, "ROOT", tmp_path)  # where trainings/ is
     monkeypatch.setattr(reproduce, "epochs_of", lambda scale, data: 1)

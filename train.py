@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 
 from data import CORPORA, Corpus, UserError, describe, load_corpus, streams
-from dni import Interface, LayerDNI, NeuronDNI, agreement
+from dni import Interface, LayerDNI, NeuronDNI, agreement, crossing
 from qrnn import LanguageModel
 from sgdr import SGDR, per_run
 
@@ -240,24 +240,51 @@ def evaluate(model, tokens, batch_size, autocast=contextlib.nullcontext(), chunk
     return (sum(losses) / len(inputs)).item()
 
 
-def true_agreement(model, g, tokens, settings, autocast=contextlib.nullcontext()):
-    """Cosine and R² of g's predictions with the true gradients of validation text, tokens (n,).
+def read_chunks(model, inputs, targets, T, state=None, autocast=contextlib.nullcontext()):
+    """Read a text in chunks of T steps, each with a graph of its own, and without a penalty.
 
-    Four chunks, of a quarter of the streams, are read in one graph without dropout: about a step's
-    work. (δ is that of the losses up to the end of the four, and g begins with an h_g of zero.)
+    inputs, targets: (L, B).
+    state: from `detach_state`, or None where a text begins.
+    Returns what dni.py measures, [(s, s_next, loss)], and the state that a next chunk begins with.
     """
+    chunks = []
+    for x, y in zip(inputs.split(T), targets.split(T)):
+        with autocast:
+            nll, _, new_state = model.forward(x, y, state)
+        s = None if state is None else [c for c, _ in state]
+        s_next = [c for c, _ in new_state]
+        chunks.append((s, s_next, nll))
+        state = detach_state(new_state)
+    return chunks, state
+
+
+def measure(model, g, tokens, settings, autocast=contextlib.nullcontext()):
+    """How right g is on validation text, tokens (n,), and how much it does: {column: value}.
+
+    dni_cosine, dni_r2: of its predictions with the true gradients (`agreement` in dni.py).
+    dni_injected, dni_lost: the norm of the gradient of θ that g injects, and of the one that is
+        lost at the borders, both divided by that of the truncated gradient (`crossing` in dni.py).
+
+    Four chunks, of as many streams as a quarter of B, are read without dropout. It takes about as
+    long as one and a half steps. Gradients end with the four chunks, and h_g begins at zero.
+    """
+    was_training = model.training
+    model.eval()
     inputs, targets = streams(tokens, max(1, settings.batch_size // 4))
     T = max(1, min(settings.chunk, len(inputs) // 4))
-    states = []
-    losses = []
-    state = None
-    model.eval()
-    for x, y in zip(inputs[: 4 * T].split(T), targets[: 4 * T].split(T)):
-        with autocast:
-            nll, _, state = model.forward(x, y, state)
-        losses.append(nll)
-        states.append([c for c, _ in state])
-    return agreement(g, states[:-1], losses, T * inputs.shape[1])
+    chunks, _ = read_chunks(model, inputs[: 4 * T], targets[: 4 * T], T, autocast=autocast)
+    model.train(was_training)
+
+    tokens_per_chunk = T * inputs.shape[1]
+    cosine, r2 = agreement(g, chunks, tokens_per_chunk)
+    theta = list(model.parameters())
+    truncated, lost, injected = crossing(g, chunks, tokens_per_chunk, theta, settings.dni_alpha)
+    return dict(
+        dni_cosine=cosine,
+        dni_r2=r2,
+        dni_injected=(injected.norm() / truncated.norm()).item(),
+        dni_lost=(lost.norm() / truncated.norm()).item(),
+    )
 
 
 def perplexity(nll):
@@ -548,9 +575,7 @@ def validate(training, settings):
         )
     columns = {}
     if dni:
-        cosine, r2 = true_agreement(model, dni.g, training.valid, settings, training.autocast)
-        columns["dni_cosine"] = cosine
-        columns["dni_r2"] = r2
+        columns |= measure(model, dni.g, training.valid, settings, training.autocast)
     columns["valid_perplexity"] = perplexity(nll)
     columns["seconds"] = time.monotonic() - training.began
     if nll < training.best["nll"]:
@@ -735,7 +760,15 @@ def write_checkpoint(folder, checkpoint):
 
 
 # Decimals of the columns of log.csv.
-DECIMALS = dict(train_perplexity=3, valid_perplexity=3, dni_cosine=5, dni_r2=5, seconds=1)
+DECIMALS = dict(
+    train_perplexity=3,
+    valid_perplexity=3,
+    dni_cosine=5,
+    dni_r2=5,
+    dni_injected=6,
+    dni_lost=6,
+    seconds=1,
+)
 
 
 def as_text(row):
