@@ -279,6 +279,57 @@ def test_the_gpus_pooling_without_a_gpu(monkeypatch):
             )
 
 
+@SLOW
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+def test_the_gpus_pooling_compiles_without_a_gpu(capability, tmp_path):
+    """For GPUs from 2018 on. No number is spilled to memory. From 8.0 on loads run ahead."""
+    pytest.importorskip("triton")
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tensors = {
+        qrnn_module.pool_forward_kernel: "f z c0 c",
+        qrnn_module.pool_backward_kernel: "G G_next f z c df dz dc0",
+    }
+    for kernel, names in tensors.items():
+        types_of = dict.fromkeys(names.split(), "*fp32") | {"T": "i32", "N": "i32"}
+        target = GPUTarget("cuda", capability, 32)
+        made = compile(ASTSource(kernel, types_of, {}), target, options={"num_warps": 2})
+        (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", tmp_path / "kernel.cubin"]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert re.findall(r"(?:STACK|LOCAL):(\d+)", used) == ["0", "0"], used
+        assert ("cp.async" in made.asm["ptx"]) == (capability >= 80)
+
+
+@pytest.mark.parametrize(
+    "mode, kind", [("bptt", "neuron"), ("dni", "neuron"), ("dni", "layer"), ("dni", "linear")]
+)
+@pytest.mark.parametrize("synthetic", [False, True])
+def test_a_step_stays_on_its_device(mode, kind, synthetic, monkeypatch):
+    """At the paper's size, on a device without numbers.
+
+    To make a tensor elsewhere, or to read a number back, would raise.
+    """
+    adam = torch.optim.Adam
+
+    def plain_adam(*arguments, fused, **options):  # the fused form is not for this device
+        return adam(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", plain_adam)
+    chosen = dataclasses.replace(train.preset("paper", mode, "ptb"), dni_kind=kind)
+    with torch.device("meta"):
+        model, optimizer, dni = train.build(chosen, 10_000, "meta")
+        tokens = torch.zeros(201, 20, dtype=torch.int64)
+    state = None
+    for _ in range(3):
+        nll, state = train.train_step(
+            model, optimizer, dni, tokens[:-1], tokens[1:], state, synthetic, chosen.clip
+        )
+    assert {x.device.type for x in (nll, *c_of(state))} == {"meta"}
+
+
 def test_derivatives_of_the_pooling_by_finite_differences():
     """The hand-written backward agrees with them.
 
@@ -2250,8 +2301,8 @@ def imports_of(path):
 def test_the_house():
     """Arrows run downwards: a file imports torch, numpy and files below it.
 
-    At the top no other file is there. plain.py imports torch and the standard library alone. Only
-    the figures need matplotlib. A script that is not named here may import all that others may.
+    No other file is there. plain.py imports torch and the standard library alone. The figures need
+    matplotlib.
     """
     top = {
         "qrnn": set(),
@@ -2277,22 +2328,19 @@ def test_the_house():
     tested = {"plain", "study", "text", "recall", "reproduce", "report", "injected", "authors"}
     more = {
         "qrnn": {"triton"},
-        "test_all": {"pytest"},
+        "test_all": {"pytest", "triton"},
         "report": {"matplotlib"},
         "figures": {"matplotlib"},
     }
     free = {*sys.stdlib_module_names, "torch", "numpy"} - {"importlib"}  # it would hide an import
-    below = {**top, **scripts, "test_all": {*top, *tested}}
-    found = {path.stem: path for path in study.HERE.glob("*.py")}
-    assert set(scripts) <= set(found)
-    anything = {*top, *found}
-    found |= {path.stem: path for path in HERE.glob("*.py")}
-    assert {path.stem for path in HERE.glob("*.py")} == {*top, "test_all"}
+    below = {**top, "test_all": {*top, *tested}}
+    for folder, files in ((HERE, below), (study.HERE, scripts)):
+        assert {path.stem for path in folder.glob("*.py")} == set(files)
+        for name, ours in files.items():
+            allowed = free | ours | more.get(name, set())
+            assert imports_of(folder / f"{name}.py") <= allowed, name
+    assert "numpy" not in imports_of(study.HERE / "plain.py")
     assert not list(HERE.glob("*/__init__.py"))
-    for name, path in found.items():
-        allowed = free | below.get(name, anything) | more.get(name, set())
-        assert imports_of(path) <= allowed, name
-    assert "numpy" not in imports_of(found["plain"])
 
 
 @pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])
@@ -2320,13 +2368,29 @@ def test_each_file_runs_alone(script, tmp_path):
     ],
 )
 def test_readme_snippets_run(snippet, capsys, corpus, tmp_path, monkeypatch):
-    """Each runs as it stands, but for the words of the text, and prints what its comments say."""
+    """Each runs as it stands, but for the words of the text, and prints what its comments say.
+
+    The one that prints nothing scores a text and continues it as one does who reads all of the text
+    again for each word.
+    """
     succeed("--data", corpus, *TINY, "--epochs", 1, "--out", tmp_path / "trainings" / "mine")
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet.replace("the state of the", "w1 w2 w3"), "README.md", "exec"), {})
-    assert capsys.readouterr().out.split("\n")[:-1] == re.findall(
-        r"^print.*?  # (.*)$", snippet, re.M
-    )
+    names = {}
+    snippet = snippet.replace("the state of the", "w1 w2 w3")
+    exec(compile(snippet, "README.md", "exec"), names)
+    printed = capsys.readouterr().out.split("\n")[:-1]
+    assert printed == re.findall(r"^print.*?  # (.*)$", snippet, re.M)
+    if "checkpoint" in names:
+        model, vocabulary = best_model(tmp_path / "trainings" / "mine")
+        text = [vocabulary.index(word) for word in ("w1", "w2", "w3")]
+        logits, _ = model.eval().logits(torch.tensor(text)[:, None])
+        log_p = logits[:, 0].log_softmax(-1)
+        expected = -(log_p[0, text[1]] + log_p[1, text[2]]) / 2
+        assert names["nll"].item() == pytest.approx(expected.item())
+        for _ in range(20):
+            logits, _ = model.logits(torch.tensor(text)[:, None])
+            text.append(logits[-1, 0].argmax().item())
+        assert names["text"] == text
 
 
 @pytest.mark.parametrize(
@@ -2589,7 +2653,8 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
     # Today's row in the place of an old one changes one line: it has bits, and no R².
     old = {name: study.read_log(study.LOGS / f"{name}.csv") for name in report.LOGS}
     new = report.having(logs["text"], **linear, seed="0")
-    kept = [row for row in old["text"] if row not in report.having(old["text"], **linear, seed="0")]
+    replaced = report.having(old["text"], **linear, seed="0")
+    kept = [row for row in old["text"] if row not in replaced]
     study.write_log(tmp_path / "log.csv", kept + new)
     mixed = report.results({**old, "text": study.read_log(tmp_path / "log.csv")})
     [(was, now)] = [
