@@ -2321,7 +2321,9 @@ def test_the_house():
         "authors": {"study", "injected", "train", "data", "dni"},
         "alternate": {"study", "text", "train", "data", "dni", "sgdr"},
         "reproduce": {"study", "train"},
-        "report": {"study", "text", "recall"},
+        "tables": set(),
+        "report_alternate": {"alternate", "tables"},
+        "report": {"study", "text", "recall", "tables", "report_alternate"},
         "figures": {"study", "train", "sgdr"},
         "gpu": {"study", "train", "speed", "reproduce", "report"},
     }
@@ -2645,7 +2647,8 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
         rf"\|answers\|1\|layer-wise DNI, one linear map\|0.001\|{right:.2f} \[.*\|[01]/1\|",
         rf"\|lstm\|layer-wise DNI, one linear map\|0.01\|.*\|{size:,.2f}\|",
         rf"\|ptb\|2\|neuron-wise DNI\|0.004\|42\|{searched:.2f}\|.*\|",
-        rf"\|neuron-wise DNI\|.*\|{dni:.2f}\|{dni - bptt:.2f} from truncated BPTT\|0\|-\|",
+        rf"\|neuron-wise DNI\|.*\|{dni:.2f}\|0\|-\|",
+        rf"\|neuron-wise DNI - truncated BPTT\|-0.36\|\{dni - bptt:+.2f}\|1\|",
     ):
         assert re.search(f"^{line}$", results, re.M), line
     assert "2|BPTT through two chunks" in results
@@ -2677,6 +2680,8 @@ def test_the_tables_say_what_a_hand_would():
         )
     ]
     table = report.methods_table(rows, rows[:1])
-    assert "|truncated BPTT|62.78|72.6|10.00 ± 1.41||2|9.00|" in table
-    difference = "-9.25 ± 1.77 from truncated BPTT"
-    assert f"|neuron-wise DNI|62.42|72.37|0.75 ± 0.35|{difference}|2|-|" in table
+    assert "|truncated BPTT|62.78|72.6|10.00 ± 1.41|2|9.00|" in table
+    assert "|neuron-wise DNI|62.42|72.37|0.75 ± 0.35|2|-|" in table
+    # Differences -8 and -10.5: mean -9.25, deviation 1.7678, t 12.706, half of the interval 15.88.
+    table = report.differences_table(rows)
+    assert "|neuron-wise DNI - truncated BPTT|-0.36|-9.25 [-25.13, +6.63]|2|" in table

@@ -14,12 +14,18 @@ import textwrap
 
 import study
 
+import report_alternate
 from recall import SEARCH_SEEDS, best_rate
+from tables import groups, half_width, having, interval, markdown_table, numbers, spread
 from text import best_rates
 
 LOGS = (
     "text",
     "text-words",
+    "alternate",
+    "alternate-cost",
+    "injected",
+    "authors",
     "recall",
     "recall-cells",
     "search",
@@ -28,16 +34,23 @@ LOGS = (
     "methods-paper-ptb",
     "methods-paper-wt2",
 )
-# Each method: its name, the test perplexities of the paper's Tables 1 and 2 on PTB and WT2, and the
-# method that it is compared with.
+# Each method: its name, and the test perplexities of the paper's Tables 1 and 2 on PTB and WT2.
 PAPER = {
-    "bptt": ("truncated BPTT", 62.78, 72.6, None),
-    "dni": ("neuron-wise DNI", 62.42, 72.37, "bptt"),
-    "cosine": ("BPTT, one cosine", "-", "-", "bptt"),
-    "restart": ("BPTT with restart", 64.44, 73.97, "cosine"),
-    "dni-restart": ("DNI with restart", 64.71, 73.42, "restart"),
-    "alternating": ("alternating", 63.76, 73.35, "restart"),
+    "bptt": ("truncated BPTT", 62.78, 72.6),
+    "dni": ("neuron-wise DNI", 62.42, 72.37),
+    "cosine": ("BPTT, one cosine", "-", "-"),
+    "restart": ("BPTT with restart", 64.44, 73.97),
+    "dni-restart": ("DNI with restart", 64.71, 73.42),
+    "alternating": ("alternating", 63.76, 73.35),
 }
+# What is compared: the first method minus the second.
+COMPARED = (
+    ("dni", "bptt"),
+    ("alternating", "restart"),
+    ("alternating", "dni-restart"),
+    ("restart", "cosine"),
+    ("cosine", "bptt"),
+)
 # The names of the arms of recall.py, and of those of text.py.
 RECALL = {
     "bptt": "truncated BPTT",
@@ -75,8 +88,21 @@ def main():
     except ImportError:
         sys.exit("report.py: results.md is written; for the figure, pip install matplotlib")
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    look = {
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+    }
+    plt.rcParams.update(look)
     methods = logs["methods-small-ptb"] + logs["methods-small-wt2"]
-    curves_figure(methods).savefig(study.HERE / "curves.png", dpi=130)
+    curves_figure(plt, methods).savefig(study.HERE / "curves.png", dpi=130)
+    gain_figure(plt, logs["text"]).savefig(study.HERE / "gain.png", dpi=130)
+    if report_alternate.of_patterns(logs["alternate"]):
+        figure = report_alternate.patterns_figure(plt, logs["alternate"])
+        figure.savefig(study.HERE / "patterns.png", dpi=130)
 
 
 def results(logs):
@@ -103,8 +129,12 @@ def sections(logs):
         ptb = logs[f"methods-{scale}-ptb"]
         if ptb:
             methods.append(methods_table(ptb, logs[f"methods-{scale}-wt2"], scale))
+            methods.append(differences_table(ptb))
     found = [
         ("Does it help on text? `text.py`", characters_tables(logs["text"])),
+        ("Does it help to alternate? `alternate.py`", alternate_tables(logs)),
+        ("How much is injected, and lost? `injected.py`", injected_table(logs["injected"])),
+        ("How much does the authors' g inject? `authors.py`", authors_table(logs["authors"])),
         ("On words. `text.py --study words`", words_table),
         ("Is credit carried? `recall.py`", recall_table(logs["recall"])),
         ("With a GRU or an LSTM? `recall.py --cells`", cells_table(logs["recall-cells"])),
@@ -113,7 +143,14 @@ def sections(logs):
     ]
     for path in [study.LOGS / "speed.txt", *sorted(study.LOGS.glob("gpu/*.txt"))]:
         found.append((f"How fast? {path.relative_to(study.LOGS)}", path.read_text()))
-    return found
+    return [(title, body) for title, body in found if body]
+
+
+def alternate_tables(logs):
+    """The section of alternate.py; "" before its patterns were trained."""
+    if not report_alternate.of_patterns(logs["alternate"]):
+        return ""
+    return report_alternate.alternating(logs["alternate"], logs["alternate-cost"])
 
 
 def wrapped(line):
@@ -128,8 +165,10 @@ def with_tables(readme, logs):
 
     A table stands between the markers <!-- table NAME, .. --> and <!-- end -->.
     """
+    ptb = logs["methods-small-ptb"]
+    methods = methods_table(ptb, logs["methods-small-wt2"])
     tables = {
-        "methods": methods_table(logs["methods-small-ptb"], logs["methods-small-wt2"]),
+        "methods": methods + "\n" + differences_table(ptb),
         "text": gains_table(logs["text"]),
     }
 
@@ -139,45 +178,6 @@ def with_tables(readme, logs):
 
     pattern = r"(?P<begin><!-- table (?P<name>\w+).*?-->\n).*?(?P<end><!-- end -->)"
     return re.sub(pattern, filled, readme, flags=re.S)
-
-
-# ------------------------------------------------------------------------------- rows, and tables
-
-
-def groups(rows, *names):
-    """{values of the columns `names`: [rows]}, in the order of the log."""
-    found = {}
-    for row in rows:
-        values = tuple(row[name] for name in names)
-        found.setdefault(values, []).append(row)
-    return found
-
-
-def having(rows, **values):
-    """The rows with these values in these columns."""
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
-
-
-def numbers(rows, name):
-    """The numbers in a column."""
-    return [float(row[name]) for row in rows]
-
-
-def spread(values, digits=2):
-    """mean ± standard deviation where there are several values; "" for none."""
-    if not values:
-        return ""
-    mean = round(statistics.mean(values), digits) + 0  # + 0: no -0.000
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def markdown_table(head, rows):
-    """head: the names of the columns. rows: lists of cells."""
-    rule = ["---"] * len(head)
-    lines = ["|" + "|".join(map(str, cells)) + "|\n" for cells in [head, rule, *rows]]
-    return "".join(lines)
 
 
 # --------------------------------------------------------------------------------------- text.py
@@ -426,29 +426,40 @@ def methods_table(ptb, wt2, scale="small"):
     last_ptb = last_epochs(ptb)
     last_wt2 = last_epochs(wt2)
     lines = []
-    for method, (name, paper_ptb, paper_wt2, beside) in PAPER.items():
+    for method, (name, paper_ptb, paper_wt2) in PAPER.items():
         of_ptb = having(last_ptb.values(), method=method)
         of_wt2 = having(last_wt2.values(), method=method)
-        differences = []
-        for row in of_ptb:
-            other = last_ptb.get((beside, row["seed"]))
-            if other:
-                difference = float(row["test_perplexity"]) - float(other["test_perplexity"])
-                differences.append(difference)
-        difference = ""
-        if differences:
-            difference = f"{spread(differences)} from {PAPER[beside][0]}"
         minutes = "-"
         if of_ptb:
             minutes = f"{statistics.median(numbers(of_ptb, 'seconds')) / 60:.0f}"
         found_ptb = spread(numbers(of_ptb, "test_perplexity")) or "-"
         found_wt2 = spread(numbers(of_wt2, "test_perplexity")) or "-"
-        lines.append([name, paper_ptb, paper_wt2, found_ptb, difference, minutes, found_wt2])
+        lines.append([name, paper_ptb, paper_wt2, found_ptb, minutes, found_wt2])
     here = {
-        "small": ["here, 512 + 256, 15 epochs: PTB", "difference", "core minutes", "2 epochs: WT2"],
-        "paper": ["here, 4 × 1550, 320 epochs: PTB", "difference", "minutes", "320 epochs: WT2"],
+        "small": ["here, 512 + 256, 15 epochs: PTB", "core minutes", "2 epochs: WT2"],
+        "paper": ["here, 4 × 1550, 320 epochs: PTB", "minutes", "320 epochs: WT2"],
     }
     head = ["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2", *here[scale]]
+    return markdown_table(head, lines)
+
+
+def differences_table(ptb):
+    """Differences of test perplexity on PTB, seed by seed, beside those of the paper's one seed."""
+    last = last_epochs(ptb)
+    lines = []
+    for method, other in COMPARED:
+        name, paper, _ = PAPER[method]
+        other_name, other_paper, _ = PAPER[other]
+        of_paper = "-"
+        if "-" not in (paper, other_paper):
+            of_paper = f"{paper - other_paper:+.2f}"
+        found = []
+        for row in having(last.values(), method=method):
+            beside = last.get((other, row["seed"]))
+            if beside:
+                found.append(float(row["test_perplexity"]) - float(beside["test_perplexity"]))
+        lines.append([f"{name} - {other_name}", of_paper, interval(found, 2) or "-", len(found)])
+    head = ["difference, PTB", "paper, one seed", "here, mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
 
 
@@ -457,23 +468,61 @@ def last_epochs(rows):
     return {case: its_rows[-1] for case, its_rows in groups(rows, "method", "seed").items()}
 
 
-# ----------------------------------------------------------------------------------------- figure
+# --------------------------------------------------------------------- injected.py and authors.py
 
 
-def curves_figure(rows):
+def injected_table(rows):
+    """Sizes and cosines of what is injected and of what is lost; "" where there are no rows."""
+    lines = []
+    for (what, g, T), its_rows in groups(rows, "what", "g", "T").items():
+        cells = [what, g, T, len(its_rows)]
+        for column in ("injected", "lost", "cosine", "across"):
+            cells.append(spread(numbers(its_rows, column), 3))
+        for column in ("halves_injected", "halves_lost", "delta_r2"):
+            cells.append(spread(numbers(its_rows, column), 2))
+        lines.append(cells)
+    if not lines:
+        return ""
+    head = ["model", "g", "T", "seeds", "injected", "lost", "cosine of the two", "across halves"]
+    head += ["halves of injected", "halves of lost", "R² of δ^"]
+    return (
+        "Gradients of θ, summed over windows of text: the sizes are those of the sums, over the "
+        "size of the truncated one. The head of injected.py says what the columns mean, and what "
+        "they cannot tell.\n\n" + markdown_table(head, lines)
+    )
+
+
+def authors_table(rows):
+    """What the two neuron-wise g inject as they learn; "" where there are no rows."""
+    lines = []
+    for (chunks,), its_rows in groups(rows, "chunks").items():
+        theirs = having(its_rows, g="authors")
+        ours = having(its_rows, g="dni.py")
+        cells = [chunks, len(theirs)]
+        for mine in (theirs, ours):
+            injected = statistics.mean(numbers(mine, "injected"))
+            r2 = statistics.mean(numbers(mine, "delta_r2"))
+            cells += [f"{injected:.2g}", f"{r2:.2g}"]
+        cells.append(spread(numbers(theirs, "lost"), 3))
+        lines.append(cells)
+    if not lines:
+        return ""
+    head = ["chunks read", "seeds", "authors' g: injected", "its R²", "g of dni.py: injected"]
+    head += ["its R²", "lost"]
+    return (
+        "PTB, the model of preset small, trained with real gradients. Both g learn beside it, and "
+        "are not used. An epoch has 664 chunks.\n\n" + markdown_table(head, lines)
+    )
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def curves_figure(plt, rows):
     """Validation perplexity of the methods, a line a seed: PTB (Figure 2), below it WT2 (Figure 3).
 
     Methods without restarts are on the left, those with a restart on the right.
     """
-    import matplotlib.pyplot as plt
-
-    look = {
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-    }
-    plt.rcParams.update(look)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharey="row")
     for (left, right), ((corpus,), its_rows) in zip(axes, groups(rows, "data").items()):
         epochs = float(its_rows[-1]["epoch"])
@@ -493,6 +542,56 @@ def curves_figure(rows):
             axis.set(xlabel="epoch", xlim=(0, epochs))
             axis.set_title(f"{corpus.upper()}, {title}", fontsize=10)
             axis.legend(fontsize=7, loc="upper right")
+    return figure
+
+
+def gain_figure(plt, rows):
+    """What each g and longer BPTT save over truncated BPTT, by T; rows: of text.csv."""
+    final = [row for row in rows if row["seed"] != "0"]
+    found = last_rows(final)
+    keys = at_best(rows)
+    lengths = ("2", "5", "10", "20")
+    figure, axis = plt.subplots(figsize=(7.0, 4.0))
+    for n, (arm, name, colour, marker) in enumerate(
+        (
+            ("full", "BPTT through the last 40 steps: the ceiling", "black", "_"),
+            ("twice", "BPTT through two chunks", "#2ca02c", "s"),
+            ("linear", "layer-wise g, one linear map", "#1f77b4", "o"),
+            ("mlp", "layer-wise g, MLP", "#ff7f0e", "^"),
+            ("neuron", "neuron-wise g, the paper's", "#d62728", "D"),
+        )
+    ):
+        saved = []
+        for T in lengths:
+            fewer = []
+            if (arm, T) in keys:
+                fewer, _ = gains(found, keys[arm, T])
+            saved.append(fewer)
+        places = [place + 0.09 * (n - 2) for place, its in enumerate(saved) if len(its) > 1]
+        means = [statistics.mean(its) for its in saved if len(its) > 1]
+        halves = [half_width(its) for its in saved if len(its) > 1]
+        axis.errorbar(
+            places,
+            means,
+            yerr=halves,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            markersize=9 if arm == "full" else 5,
+            label=name,
+        )
+    axis.axhline(0, color="0.35", linewidth=0.8)
+    axis.text(-0.3, -0.006, "truncated BPTT", fontsize=8, color="0.35", va="top")
+    axis.set_xlim(-0.35, 3.4)
+    axis.set_xticks(range(len(lengths)), [f"T = {T}" for T in lengths])
+    axis.set_ylabel("bits per character saved")
+    axis.set_title(
+        "What a synthetic gradient, made by g, gives back of what truncation at T steps costs\n"
+        "characters of PTB; means of 3 to 5 seeds and their 95% intervals; higher is better",
+        fontsize=9,
+        loc="left",
+    )
+    axis.legend(fontsize=8, frameon=False)
     return figure
 
 
