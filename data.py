@@ -15,7 +15,8 @@ Glossary
     streams      (L, B)    B pieces of a text, L tokens each, side by side
     chunk        (T, B)    the next T tokens of all streams, which an update reads
 
-Not here: subwords, shuffling, lower-casing of your own text.
+Not here: subwords, shuffling, lower-casing of your own text, a text that marks the ends of its
+lines itself (it is refused).
 """
 
 import hashlib
@@ -23,6 +24,7 @@ import http.client
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -36,6 +38,7 @@ import torch
 CORPORA = ("pydoc", "ptb", "ptb-chars", "wt2", "recall")
 SPLITS = ("train", "valid", "test")
 ENVIRONMENT = "QRNN_DATA"
+LINE_ENDS = ("<eos>", "</s>")  # what a text may not end its lines with, for each line gets an <eos>
 
 
 class UserError(ValueError):
@@ -131,6 +134,7 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
         return pydoc()
     if name == "recall":
         return make_recall(delay)
+    name = os.path.expanduser(name)
     splits = {split: read_lines(path) for split, path in find(name, data_dir).items()}
     if name == "ptb-chars":
         for split, lines in splits.items():
@@ -143,7 +147,9 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
 def read_lines(path):
     """The words of each line of a text file, [[word, ..], ..].
 
-    Raises UserError where there are none.
+    Raises UserError where there are none, and for lines that already end in <eos>. With a second
+    <eos> after the first, one word of each line costs nothing, and the perplexity comes out far too
+    low. A user who reads a note after hours of training would have to train again.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # without the byte order mark of some editors
@@ -154,6 +160,12 @@ def read_lines(path):
     lines = [line.split() for line in text.split("\n")]
     if not any(lines):
         raise UserError(f"{path} holds no words")
+    for number, line in enumerate(lines, 1):
+        if line and line[-1].lower() in LINE_ENDS:
+            raise UserError(
+                f"{path} ends line {number} with {line[-1]}, but each line gets an <eos> here: "
+                f"remove {line[-1]} from the ends of its lines"
+            )
     if not lines[-1]:  # after the last line's end
         lines.pop()
     return lines
@@ -335,7 +347,7 @@ def find(name, data_dir):
         return paths
     name = name.removesuffix("-chars")
     here = Path(__file__).resolve().parent
-    root = Path(data_dir or os.environ.get(ENVIRONMENT) or here / "corpora")
+    root = Path(os.path.expanduser(data_dir or os.environ.get(ENVIRONMENT) or here / "corpora"))
     url, hashes = DOWNLOADS[name]
     for split in SPLITS:
         places = [root / place.format(split=split) for place in PLACES[name]]
@@ -381,7 +393,11 @@ def download(url, path, expected):
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:] or ["pydoc"]
+    if hasattr(signal, "SIGPIPE"):  # end quietly where nobody reads on: python data.py | head -1
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
+    arguments = sys.argv[1:3] or ["pydoc"]  # a corpus, and the data folder
     try:
         corpus = load_corpus(*arguments)
     except UserError as error:

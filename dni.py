@@ -57,6 +57,9 @@ Run `python dni.py` (it needs data.py) for Eq. 1 in numbers, and for what a g ca
 back.
 """
 
+import contextlib
+import signal
+import sys
 from typing import NamedTuple
 
 import torch
@@ -109,7 +112,7 @@ class NeuronDNI(nn.Module):
         c = torch.cat(s, 1).view(-1, 1).to(dtype)  # (N, 1)
         x = self.encode(c).to(dtype)[None]  # (1, N, 50): a chunk of one step
         h, memory = self.rnn(x, memory)
-        predicted = self.decode(h[0]).to(s[0].dtype)  # (N, 1)
+        predicted = self.decode(h[0]).to(wide(s[0].dtype))  # (N, 1)
         return list(predicted.view(B, -1).split(sizes, 1)), memory
 
 
@@ -117,10 +120,8 @@ class LayerDNI(nn.Module):
     """The layer-wise interface (DNI, section 2.1): from the whole state of a layer to its gradient.
 
     It knows which neuron is which, and sees the values of all neurons of the layer. It pays for
-    this in
-    parameters: an MLP H_l -> 50 -> 50 -> H_l for each layer has about 100 H_l. Streams are its
-        batch. It
-    has no memory.
+    this in parameters: an MLP H_l -> 50 -> 50 -> H_l for each layer has about 100 H_l. Streams are
+    its batch. It has no memory.
 
     sizes: [H_l], one a layer.
     hidden_size: of the MLPs; 0 makes each of them one linear map H_l -> H_l.
@@ -156,7 +157,7 @@ class LayerDNI(nn.Module):
         if sizes != made_for:
             raise ValueError(f"this g was made for states of sizes {made_for}, and s has {sizes}")
         dtype = self.mlps[0][0].weight.dtype
-        return [mlp(c.to(dtype)).to(c.dtype) for mlp, c in zip(self.mlps, s)], None
+        return [mlp(c.to(dtype)).to(wide(c.dtype)) for mlp, c in zip(self.mlps, s)], None
 
 
 def begin_at_zero(linear):
@@ -208,9 +209,14 @@ class Interface:
     penalty: of states outside [-1, 1], see `excess`; 0 turns it off.
     Raises ValueError if borders is below 1, or if optimizer holds parameters that are not g's.
 
-    You may multiply loss + credit by one finite factor that is not zero, as GradScaler does, or by
-    1/n to accumulate gradients over n chunks. Call learn() after each backward(): it divides the
-    factor out.
+    You may multiply loss + credit by one factor, as GradScaler does, or by 1/n to accumulate
+    gradients over n chunks. Call learn() after each backward(): it divides the factor out. A factor
+    that is 0 or not finite teaches g nothing. g computes in its own type, and under autocast in
+    bfloat16, but not in float16: no GradScaler holds up its small gradients.
+
+    g may be a part of the model. Its parameters have no gradient when learn() has returned, so the
+    model's optimiser and its clipping leave them alone. In a function that torch.compile compiles,
+    credit() and learn() are graph breaks.
 
     A checkpoint that is made where a text begins needs only the state_dicts of g and of optimizer.
     """
@@ -237,6 +243,7 @@ class Interface:
         self.asked = None  # what credit() leaves for learn()
         self.loss_scale = None  # what the loss was multiplied by before backward()
 
+    @torch.compiler.disable  # one compiled graph of model and g would be gone back through twice
     def credit(self, s, s_next, tokens_per_chunk, synthetic=True):
         """Ask g about s_k and s_{k+1}. Returns the term to add to the loss.
 
@@ -246,21 +253,23 @@ class Interface:
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
         synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and
-            target_k holds the T true steps alone.
+            target_k holds the T true steps alone. (Add the zero, too: learn() reads from it what
+            the loss was multiplied by.)
 
         Raises ValueError or RuntimeError for a wrong shape, graph or order of calls.
         """
         self.check(s, s_next, synthetic)
-        predicted = None if s is None else self.predict(s)
+        with no_float16(s_next[0].device):
+            predicted = None if s is None else self.predict(s)
+            future = self.synthesize(s_next) if synthetic else None  # δ^_{k+1}
         self.asked = Asked(predicted, s, tokens_per_chunk, synthetic)
         if synthetic:
-            future = self.synthesize(s_next)  # δ^_{k+1}
-            injected = sum((d * c).sum() for d, c in zip(future, s_next))
-            outside = sum((excess(c) * c).sum() for c in s_next)
-            term = self.alpha / tokens_per_chunk * injected
+            term = self.alpha / tokens_per_chunk * dot(future, s_next)
+            outside = dot([excess(c) for c in s_next], s_next)
             term = term + self.penalty / tokens_per_chunk * outside
         else:
-            term = s_next[0].new_zeros((), requires_grad=True)  # for the hook
+            dtype = wide(s_next[0].dtype)
+            term = s_next[0].new_zeros((), dtype=dtype, requires_grad=True)  # for the hook
         self.loss_scale = None
         term.register_hook(self.record_loss_scale)
         return term
@@ -292,28 +301,38 @@ class Interface:
         """
         self.loss_scale = gradient
 
+    @torch.compiler.disable
     def learn(self):
         """Teach g target_k; backward has left target_k / (T B) in s_k.grad.
 
-        Returns g's mean squared error before the update, None where nothing was predicted.
-        Raises RuntimeError where credit() or backward() was not called.
+        Returns g's mean squared error before the update: None where nothing was predicted, nan
+        where no target was finite, for which φ's gradient is zero. (What is momentum in g's
+        optimiser moves φ even then.) A state without a gradient was not read in this chunk: its
+        gradient is zero.
+        Raises RuntimeError where credit() or backward() was not called, or if no state was read.
         """
         if self.asked is None:
             raise RuntimeError(
                 "nothing to learn from: call credit() and then backward() before learn()"
             )
         predicted, s, tokens_per_chunk, synthetic = self.asked
-        no_gradient = predicted is not None and any(c.grad is None for c in s)
+        no_gradient = predicted is not None and all(c.grad is None for c in s)
         not_in_loss = synthetic and self.loss_scale is None
         if no_gradient or not_in_loss:
             raise RuntimeError(
-                "no gradient yet: call backward() on loss + credit(...) before learn()"
+                "no gradient yet: call backward() on loss + credit(...) before learn(), and let "
+                "the chunk read s"
             )
         self.asked = None
         if predicted is None:
             return None
-        scale = tokens_per_chunk if self.loss_scale is None else tokens_per_chunk / self.loss_scale
-        target = [scale * c.grad for c in s]  # target_k
+        scale = tokens_per_chunk
+        if self.loss_scale is not None:
+            # Divided by infinity all targets would be 0. So they are nan, which teaches nothing.
+            finite = self.loss_scale.isfinite()
+            scale = tokens_per_chunk / self.loss_scale.where(finite, torch.nan)
+        gradients = [torch.zeros_like(c) if c.grad is None else c.grad for c in s]
+        target = [scale * d.to(wide(d.dtype)) for d in gradients]  # target_k
         return regress(self.optimizer, predicted, target)
 
     def check(self, s, s_next, synthetic):
@@ -360,19 +379,23 @@ class Asked(NamedTuple):
 def regress(optimizer, predicted, target):
     """One step of φ towards the targets: the mean of (δ^ - target)² over all neurons (2.2).
 
-    optimizer: g's.
+    optimizer: g's. No other parameter gets a gradient, and its own have none afterwards.
     predicted: δ^_k with its graph, a list of (B, H_l).
     target: target_k, a list of the same shapes. What is not finite in it teaches nothing.
-    Returns the mean squared error before the step, a tensor.
+    Returns the mean squared error before the step, a tensor. An error that is not finite counts as
+    0 in the mean, but if none is finite, the mean is nan.
     """
     guess = flatten(predicted)
     truth = flatten(target).detach()
-    truth = torch.where(truth.isfinite(), truth, guess.detach())
+    finite = truth.isfinite()
+    truth = torch.where(finite, truth, guess.detach())
     error = F.mse_loss(guess, truth)
+    phi = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
-    error.backward()
+    error.backward(inputs=phi)
     optimizer.step()
-    return error.detach()
+    optimizer.zero_grad(set_to_none=True)
+    return error.detach().where(finite.any(), torch.nan)
 
 
 def excess(c):
@@ -397,6 +420,24 @@ def constants(s):
 def flatten(tensors):
     """A list of tensors as one vector of all their N numbers, one layer after the other."""
     return torch.cat([t.flatten() for t in tensors])  # (N,)
+
+
+def dot(gradients, s):
+    """Σ d c over layers, streams and neurons. Its derivative in each c of s is its d."""
+    return sum((d * c.to(wide(c.dtype))).sum() for d, c in zip(gradients, s))
+
+
+def wide(dtype):
+    """dtype, or float32 if dtype has fewer bits: float16 cannot hold a sum over many neurons."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def no_float16(device):
+    """A context without autocast to float16, in which g's gradients, tiny and unscaled, are 0."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------- what can g know?
@@ -451,18 +492,18 @@ def true_gradients(chunks, tokens_per_chunk):
 
     s_k is a leaf that chunk k alone reads. So δ_k holds the losses after border k and no other,
     even where the state is also an output of the chunk before, as in a cell that is called in a
-    loop.
-    Raises ValueError if a chunk did not read its s.
+    loop. Where a chunk did not read a state, the gradient of that state is zero.
+    Raises ValueError if a chunk read none of its s.
     """
     found = []
     for s, s_next, loss in reversed(chunks[1:]):
         future = tokens_per_chunk * loss
         if found:
-            future = future + sum((d * c).sum() for d, c in zip(found[0], s_next))
+            future = future + dot(found[0], s_next)
         delta = torch.autograd.grad(future, s, retain_graph=True, allow_unused=True)
-        if any(d is None for d in delta):
+        if all(d is None for d in delta):
             raise ValueError("s must be the leaves that the chunk read, as in Interface")
-        found.insert(0, list(delta))
+        found.insert(0, [torch.zeros_like(c) if d is None else d for d, c in zip(delta, s)])
     return found
 
 
@@ -475,8 +516,7 @@ def through_borders(gradients, chunks, parameters):
     """
     entering = torch.zeros((), requires_grad=True)  # for a text without a border
     for at_border, (_, s_next, _) in zip(gradients, chunks):
-        for d, c in zip(at_border, s_next):
-            entering = entering + (d * c).sum()
+        entering = entering + dot(at_border, s_next)
     return gradient_of(entering, parameters)
 
 
@@ -658,4 +698,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # end quietly where nobody reads on: python dni.py | head -1
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # an encoding without Greek letters
     main()

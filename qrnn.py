@@ -32,6 +32,7 @@ Run `python qrnn.py` to see the backward pass of the recurrence beside autograd'
 """
 
 import operator
+import signal
 
 import torch
 import torch.nn.functional as F
@@ -132,9 +133,14 @@ def pool(f, z, c0):
     """c_1 .. c_T (T, B, H) as `pool_loop` computes them, and once more, apart, c_T (B, H).
 
     If T is 1, autograd does all: there is no loop. If T is larger there is no second derivative,
-    and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those. Raises
-    RuntimeError in the backward pass if T > 1 and a second derivative is asked for.
+    and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those.
+    Raises ValueError for other shapes and for several devices, RuntimeError in the backward pass if
+    T > 1 and a second derivative is asked for.
     """
+    one_device = f.device == z.device == c0.device
+    if f.shape != z.shape or f.shape[1:] != c0.shape or not one_device:
+        found = [(tuple(x.shape), str(x.device)) for x in (f, z, c0)]
+        raise ValueError(f"expected f and z (T, B, H), c0 (B, H) on one device, got {found}")
     if f.shape[0] == 1:
         c = f * c0 + (1 - f) * z
         return c, c[0].clone()
@@ -184,9 +190,10 @@ class QRNNLayer(nn.Module):
 
     def forward(self, x, state=None):
         """x: (T, B, I), T >= 1.
-        state: (c (B, H), x_prev (window - 1, B, I)), or None for zeros.
+        state: (c (B, H), x_prev (window - 1, B, I)) on the device of x, or None for zeros. It is
+            taken in the type of x.
         Returns the output (T, B, H) and the state after step T.
-        Raises ValueError for any other shape.
+        Raises ValueError for another shape or device.
         """
         if x.dim() != 3 or x.shape[-1] != self.input_size or x.shape[0] == 0:
             raise ValueError(f"x: expected (T >= 1, B, {self.input_size}), got {tuple(x.shape)}")
@@ -194,15 +201,25 @@ class QRNNLayer(nn.Module):
         c_shape = (B, self.hidden_size)
         x_prev_shape = (self.window - 1, B, self.input_size)
         if state is None:
-            c0 = x.new_zeros(c_shape)
-            x_prev = x.new_zeros(x_prev_shape)
-        else:
-            c0, x_prev = state
+            state = x.new_zeros(c_shape), x.new_zeros(x_prev_shape)
+        if torch.is_tensor(state) or len(state) != 2 or not all(map(torch.is_tensor, state)):
+            raise ValueError(
+                "state: expected a pair of tensors (c, x_prev) for each layer, as the call before "
+                "returned it (the state of an nn.GRU or an nn.LSTM does not fit)"
+            )
+        c0, x_prev = state
         if c0.shape != c_shape or x_prev.shape != x_prev_shape:
             raise ValueError(
                 f"state: expected c {c_shape} and x_prev {x_prev_shape}, "
                 f"got {tuple(c0.shape)} and {tuple(x_prev.shape)}"
             )
+        if c0.device != x.device or x_prev.device != x.device:
+            raise ValueError(
+                f"c is on {c0.device}, x_prev on {x_prev.device}, x on {x.device}: move the state "
+                "with .to(x.device)"
+            )
+        c0 = c0.to(x.dtype)
+        x_prev = x_prev.to(x.dtype)
 
         windows = x  # (T, B, window I)
         if self.window > 1:
@@ -291,7 +308,7 @@ class QRNN(nn.Module):
         """x: (T, B, I), or (B, T, I) with batch_first.
         state: [(c, x_prev)], one pair a layer, or None for zeros.
         Returns (output, state): the last layer's h for every step, and the state for the next call.
-        Raises ValueError for another shape, TypeError for a PackedSequence.
+        Raises ValueError for another shape or device, TypeError for a PackedSequence.
         """
         if not torch.is_tensor(x):
             raise TypeError(
@@ -305,9 +322,13 @@ class QRNN(nn.Module):
             x = x.transpose(0, 1)  # (T, B, I)
         if state is None:
             state = [None] * len(self.layers)
-        if len(state) != len(self.layers):
+        if torch.is_tensor(state) or len(state) != len(self.layers):
+            got = (
+                f"a tensor of shape {tuple(state.shape)}" if torch.is_tensor(state) else len(state)
+            )
             raise ValueError(
-                f"state: expected {len(self.layers)} pairs, one a layer, got {len(state)}"
+                f"state: expected {len(self.layers)} pairs, one a layer, got {got}: "
+                "hand on what the call before returned, or None"
             )
         h = x
         new_state = []
@@ -545,6 +566,8 @@ if triton:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # end quietly where nobody reads on: python qrnn.py | head -1
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     torch.manual_seed(0)
     f = torch.rand(6, 2, 3)
     z = torch.randn(6, 2, 3)

@@ -29,6 +29,7 @@ Run `python sgdr.py` to see the paper's schedule with E_base = 5.
 
 import itertools
 import math
+import signal
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def run_at(epoch, base=1, mult=2):
     2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
     Raises ValueError for a number out of its range.
     """
-    if not 0 <= epoch < math.inf or base <= 0 or mult < 1:
+    if not (0 <= epoch < math.inf and base > 0 and mult >= 1):  # nan is in no range
         raise ValueError(
             f"epoch >= 0, base > 0 and mult >= 1 are needed, got {epoch}, {base}, {mult}"
         )
@@ -78,6 +79,10 @@ class SGDR(LRScheduler):
     eta_max: likewise. None takes each parameter group's own learning rate. No check asks whether it
         is above eta_min.
     last_epoch: as in PyTorch's schedulers.
+    Numbers may be those of numpy or torch. They are kept as floats, so that torch.load's default
+    reads a checkpoint of the state_dict.
+    Raises ValueError for base and mult out of their range, and for bounds that are not finite
+    numbers, one or one a run.
 
     step(epoch) sets the clock. To follow the cosine within an epoch, call
 
@@ -96,11 +101,12 @@ class SGDR(LRScheduler):
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, last_epoch=-1):
-        self.base = base
-        self.mult = mult
-        self.eta_min = eta_min
-        self.eta_max = eta_max
+        self.base = float(base)
+        self.mult = float(mult)
+        self.eta_min = floats("eta_min", eta_min)
+        self.eta_max = None if eta_max is None else floats("eta_max", eta_max)
         super().__init__(optimizer, last_epoch)
+        self.base_lrs = [float(rate) for rate in self.base_lrs]
 
     @property
     def run(self):
@@ -128,8 +134,7 @@ class SGDR(LRScheduler):
         Raises ValueError, and changes nothing, for a negative epoch, or if the optimiser has got
         more parameter groups than it had.
         """
-        if epoch is None:
-            epoch = self.last_epoch + 1
+        epoch = float(self.last_epoch + 1 if epoch is None else epoch)
         rates = self.rates_at(run_at(epoch, self.base, self.mult))
         groups = self.optimizer.param_groups
         if len(rates) != len(groups):
@@ -145,6 +150,14 @@ class SGDR(LRScheduler):
                 group["lr"] = rate
 
 
+def floats(name, bound):
+    """A bound as a float, or as a list of floats with one a run. `name` is for the error."""
+    numbers = torch.as_tensor(bound, dtype=torch.float64, device="cpu")
+    if numbers.dim() > 1 or numbers.numel() == 0 or not numbers.isfinite().all():
+        raise ValueError(f"{name}: a finite number, or one for each run, please; got {bound}")
+    return numbers.tolist()
+
+
 def per_run(bound, i):
     """The bound of run i, from one number for all runs or from a sequence with one a run."""
     if torch.as_tensor(bound).dim() == 0:
@@ -154,6 +167,8 @@ def per_run(bound, i):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # end quietly where nobody reads on: python sgdr.py | head -1
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print("E_base = 5: run i lasts 5 * 2^i epochs. A warm restart keeps the weights.")
     print("The rate falls from 1e-3 to 0 in each run. One line an epoch:")
     schedule = SGDR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), base=5)

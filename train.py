@@ -28,18 +28,23 @@ Glossary
     gradient   -              "synthetic" if g's gradient enters a chunk at its end, else "real"
     run        i              of SGDR: from one restart of the learning rate to the next
 
-Not here: fine-tuning, dynamic evaluation, several processes, checkpoints within an epoch.
+Not here: fine-tuning, dynamic evaluation, several processes, checkpoints within an epoch. On
+Windows, and between machines that share a folder, two trainings in one folder are not noticed.
 """
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import io
 import math
 import os
 import random
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -328,7 +333,8 @@ class Settings:
     lr: float = setting(1e-2, "above 0", "Adam's rate, with restarts the first of each run; "
                         "modes bptt and dni: 4e-3; code: 1e-3")
     l2: float = setting(5e-6, "0 or more", "weight decay, added to the gradient; code: 1.2e-6")
-    clip: float = setting(0.25, "above 0", "largest norm of the gradient; code: 0.2, WT2 0.25")
+    clip: float = setting(0.25, "above 0, or inf for none", "largest norm of the gradient; "
+                          "code: 0.2, WT2 0.25")
     batch_size: int = setting(20, "at least 1", "B, parallel streams of training text; code: 20")
     chunk: int = setting(70, "at least 1", "T, steps of a chunk; paper: 200 (3)")
     jitter: bool = setting(False, "", "T from N(chunk, 5), one in twenty from N(chunk/2, 5), "
@@ -388,6 +394,19 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def expanded(text):
+    """A path of the command line. ~ is home: no shell sees it in --out=~/runs."""
+    return Path(os.path.expanduser(text))
+
+
+def resume_flag(folder):
+    """The flag that resumes the training in a folder, to be pasted into a shell."""
+    name = str(folder)
+    if name.startswith("-"):
+        name = os.path.join(os.curdir, name)
+    return f"--resume {shlex.quote(name)}"
+
+
 def make_parser():
     """argparse's parser: a flag for each setting, and three of its own."""
     parser = argparse.ArgumentParser(
@@ -403,10 +422,10 @@ def make_parser():
         help="settings to start from; flags change them [small]",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for log.csv and checkpoint.pt [new, in trainings/]"
+        "--out", type=expanded, help="folder for log.csv and checkpoint.pt [new, in trainings/]"
     )
     parser.add_argument(
-        "--resume", type=Path, help="go on with the training in this folder, or begin there"
+        "--resume", type=expanded, help="go on with the training in this folder, or begin there"
     )
     for field in dataclasses.fields(Settings):
         kind = type(field.default)
@@ -432,9 +451,12 @@ def parse(argv):
     for name, value in flags.items():
         if isinstance(value, list):
             flags[name] = tuple(value)
+    # Folders of data are kept whole, to resume from anywhere.
     data = flags.get("data", "pydoc")
-    if data not in CORPORA and Path(data).is_dir():
-        flags["data"] = str(Path(data).resolve())  # to resume from anywhere
+    if data not in CORPORA and expanded(data).is_dir():
+        flags["data"] = str(expanded(data).resolve())
+    if flags.get("data_dir"):
+        flags["data_dir"] = str(expanded(flags["data_dir"]).resolve())
     check_folders(out, resume)
 
     old = {}
@@ -457,11 +479,20 @@ def parse(argv):
     check_effects(settings, flags)
     when = time.strftime("%m%d-%H%M%S")
     new = f"{Path(settings.data).name}-{settings.mode}-{when}-{os.getpid()}"
+    if resume and not checkpoint:
+        note = f"no checkpoint in {resume}: a new training begins there"
+        print(f"train.py: {note}", file=sys.stderr)
     return settings, resume or out or Path("trainings", new), checkpoint
 
 
 def check_folders(out, resume):
-    """Raise UserError where --out would write over a training, or --resume is another folder."""
+    """Raise UserError where a training would be written over, or a folder is none, or another."""
+    for name, folder in (("--out", out), ("--resume", resume)):
+        if folder and folder.is_file():
+            a_folder = "a folder"
+            if name == "--resume":
+                a_folder = f"its folder, {resume_flag(folder.parent)}"
+            raise UserError(f"{name} {folder} is a file; give {a_folder}")
     if out and resume and out.resolve() != resume.resolve():
         raise UserError(
             "--out and --resume must name one folder: copy the old one, resume the copy"
@@ -469,16 +500,25 @@ def check_folders(out, resume):
     if out and not resume:
         if (out / "log.csv").exists() or (out / "checkpoint.pt").exists():
             raise UserError(
-                f"{out} already holds a training: go on with --resume {out}, or name another --out"
+                f"{out} already holds a training: go on with {resume_flag(out)}, "
+                "or name another --out"
             )
+    if resume and (resume / "log.csv").exists() and not (resume / "checkpoint.pt").exists():
+        raise UserError(
+            f"{resume} holds a log.csv without a checkpoint.pt: there is nothing to go on from; "
+            "name another folder"
+        )
 
 
-RANGES = {
-    "at least 1": (1, math.inf),
-    "0 or more": (0, math.inf),
-    "above 0": (5e-324, math.inf),  # the smallest number above 0
-    "in [0, 1)": (0, 1),
-    "from 0 to 2^63 - 1": (0, 2**63),
+LEAST = math.nextafter(0, 1)  # the smallest number above 0
+FINITE = sys.float_info.max
+RANGES = {  # both bounds are taken
+    "at least 1": (1, FINITE),
+    "0 or more": (0, FINITE),
+    "above 0": (LEAST, FINITE),
+    "above 0, or inf for none": (LEAST, math.inf),
+    "in [0, 1)": (0, math.nextafter(1, 0)),
+    "from 0 to 2^63 - 1": (0, 2**63 - 1),
 }
 
 
@@ -491,8 +531,9 @@ def check_ranges(settings):
         low, high = RANGES[words]
         value = getattr(settings, field.name)
         for x in value if isinstance(value, tuple) else (value,):
-            if not low <= x < high:
-                raise UserError(f"{flag(field.name)} must be {words}, got {x}")
+            if not low <= x <= high:
+                finite = " and finite" if x == math.inf else ""
+                raise UserError(f"{flag(field.name)} must be {words}{finite}, got {x}")
     eta_min = settings.eta_min
     eta_max = settings.eta_max or (settings.lr,)
     if not eta_min:
@@ -533,9 +574,12 @@ def check_effects(settings, given):
 VALID_STREAMS = 10  # validation text is read as so many (authors' code), test text as one
 
 
-def train(settings, folder, checkpoint):
-    """Train, and test the best model. Raises UserError, OSError and FloatingPointError."""
-    training = set_up(settings, folder, checkpoint)
+def train(settings, folder, checkpoint, claim):
+    """Train, and test the best model. Raises UserError, OSError and FloatingPointError.
+
+    claim: makes the folder this training's own, see `surroundings`.
+    """
+    training = set_up(settings, folder, checkpoint, claim)
     for epoch in range(len(training.rows), settings.epochs):
         row = train_epoch(
             training.model,
@@ -617,15 +661,34 @@ class Training:
         return learners
 
 
-def set_up(settings, folder, checkpoint):
+def check_lengths(corpus, settings):
+    """Raise UserError for a text that is too short to be read as streams."""
+    B = settings.batch_size
+    T = settings.chunk
+    needs = {"train": (B * T, f"--batch-size {B} times --chunk {T}")}
+    needs["valid"] = (VALID_STREAMS, f"{VALID_STREAMS} streams")
+    if with_dni(settings) and B // 4 > VALID_STREAMS:  # see `measure`
+        needs["valid"] = (B // 4, f"{B // 4} streams, a quarter of --batch-size {B}")
+    needs["test"] = (1, "one stream")
+    for split, (inputs, why) in needs.items():
+        length = len(getattr(corpus, split))
+        if length < inputs + 1:
+            raise UserError(
+                f"the {split} text has {length} tokens and needs {inputs + 1}: {why}, "
+                "and a last target"
+            )
+
+
+def set_up(settings, folder, checkpoint, claim):
     """A Training, new or as the checkpoint has it. Makes its folder, and prints its facts."""
     keep_freed_memory()
     device, autocast = pick_device(settings.device, settings.precision)
     delay = settings.chunk + 10  # of the corpus recall: no chunk holds a symbol and its query
     corpus = load_corpus(settings.data, settings.data_dir or None, delay, settings.min_count)
+    check_lengths(corpus, settings)
     text = streams(corpus.train.to(device), settings.batch_size, settings.chunk)
-    streams(corpus.valid, VALID_STREAMS)  # raises where there is too little
     folder.mkdir(parents=True, exist_ok=True)
+    claim(folder)
     model, optimizer, dni = build(settings, len(corpus.vocabulary), device)
     training = Training(
         corpus=corpus,
@@ -647,8 +710,14 @@ def set_up(settings, folder, checkpoint):
     if checkpoint:
         if checkpoint["fingerprint"] != corpus.fingerprint():
             raise UserError(f"{folder} was trained on another text than --data {settings.data}")
-        for learner, learned in zip(training.learners(), checkpoint["learners"], strict=True):
-            learner.load_state_dict(learned)
+        try:
+            for learner, learned in zip(training.learners(), checkpoint["learners"], strict=True):
+                learner.load_state_dict(learned)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint in {folder} is of another version of train.py: its parts do not "
+                f"fit ({type(error).__name__})"
+            ) from None
         training.rows = checkpoint["rows"]
         training.best = checkpoint["best"]
         seconds_before = training.rows[-1]["seconds"]
@@ -705,12 +774,19 @@ def build(settings, vocabulary_size, device):
 # h_g and no sum that is half done: an epoch begins without, and with random numbers of its own.
 
 
+CHECKPOINT = ("settings", "vocabulary", "fingerprint", "rows", "best", "learners")
+
+
 def load_checkpoint(path):
-    """What `write_checkpoint` wrote. It is tensors and plain values: nothing in it can run code."""
+    """What `save` made. It is tensors and plain values: nothing in it can run code."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or set(checkpoint["settings"]) != set(vars(Settings())):
+        with open(path, "rb") as file:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load compares no checksums
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if damaged or set(checkpoint) != set(CHECKPOINT):
+            raise ValueError
+        if set(checkpoint["settings"]) != set(vars(Settings())):
             raise ValueError
     except Exception as error:  # torch.load raises half a dozen kinds
         raise UserError(
@@ -796,7 +872,7 @@ class Progress:
 
     def show(self, stop, nll):
         """Print the line, at most twice a second: nll.item() makes a GPU wait."""
-        if not sys.stdout.isatty() or time.monotonic() - self.shown < 0.5:
+        if not start_of_line() or time.monotonic() - self.shown < 0.5:
             return
         self.shown = time.monotonic()
         of_all = stop / self.length / (self.epochs - self.epoch)  # of the epochs that are left
@@ -811,7 +887,8 @@ class Progress:
 
 def start_of_line():
     """What takes the place of the progress line, on a terminal."""
-    return "\r\033[K" if sys.stdout.isatty() else ""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
+    return "\r\033[K" if on_terminal else ""
 
 
 def pick_device(name, precision):
@@ -879,33 +956,76 @@ def terminate(*_):
     raise Terminated
 
 
+@contextlib.contextmanager
+def surroundings():
+    """Bear with what the program runs in, and leave it as it was. Yields claim(folder), a lock.
+
+    Raises UserError under torchrun.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a training is one process, and torchrun starts more: use python train.py")
+    with contextlib.ExitStack() as at_end:
+        out = sys.stdout
+        if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+            # A letter that its encoding lacks is written as a number.
+            at_end.callback(out.reconfigure, errors="strict")
+            out.reconfigure(errors="backslashreplace")
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+            at_end.callback(signal.signal, signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, terminate)
+
+        def claim(folder):
+            """Lock the folder until the end, also the end by a kill: the lock is no file."""
+            try:
+                import fcntl
+            except ImportError:  # Windows
+                return
+            number = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, number)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another training runs in {folder}") from None
+            except OSError:  # a file system without locks
+                pass
+
+        yield claim
+
+
+# How torch tells of too little room: memory of a GPU, of the machine, and room on the disk.
+NO_ROOM = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|inline_container"
+
+
 def fail(status, message):
     """Say in one line what went wrong. Returns the exit status."""
-    end_of_progress = "\n" if sys.stdout.isatty() else ""
+    end_of_progress = "\n" if start_of_line() else ""
     print(f"{end_of_progress}train.py: {message}", file=sys.stderr)
     return status
 
 
 def main(argv=None):
     """Parse, train, and tell in one line what goes wrong. Returns the exit status."""
-    signal.signal(signal.SIGTERM, terminate)
     folder = None
     try:
-        settings, folder, checkpoint = parse(argv)
-        train(settings, folder, checkpoint)
+        with surroundings() as claim:
+            settings, folder, checkpoint = parse(argv)
+            train(settings, folder, checkpoint, claim)
     except (UserError, OSError) as error:
         return fail(2, f"error: {error}")
     except FloatingPointError as error:
         return fail(1, f"stopped: {error}; try a lower --lr or --dni-alpha; {folder} is unspoilt")
     except KeyboardInterrupt as interrupt:
         number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        if folder is None:
+            return fail(128 + number, "interrupted before it began")
         return fail(
             128 + number,
-            f"interrupted; the same command with --resume {folder} goes on after the last "
+            f"interrupted; the same command with {resume_flag(folder)} goes on after the last "
             "whole epoch",
         )
-    except RuntimeError as error:  # how torch tells of too little room
-        if "memory" not in str(error) and "inline_container" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_ROOM, str(error)):
             raise
         return fail(2, f"error: no memory, or no disk, left ({str(error)[:120]!r})")
     return 0
