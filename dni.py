@@ -385,8 +385,8 @@ def regress(optimizer, predicted, target):
     Returns the mean squared error before the step, a tensor. An error that is not finite counts as
     0 in the mean, but if none is finite, the mean is nan.
     """
-    guess = flatten(predicted)
     truth = flatten(target).detach()
+    guess = flatten(predicted).to(truth.dtype)  # mse_loss wants one type
     finite = truth.isfinite()
     truth = torch.where(finite, truth, guess.detach())
     error = F.mse_loss(guess, truth)

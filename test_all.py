@@ -2085,6 +2085,24 @@ def test_a_pipe_that_nobody_reads_is_no_error(script):
     assert ended.stderr == ""
 
 
+@SLOW
+def test_a_terminal_without_greek_letters_is_no_error():
+    """Of dni.py's first lines one speaks of δ."""
+    environment = {**ONE_THREAD, "PYTHONIOENCODING": "ascii"}
+    running = subprocess.Popen(
+        [sys.executable, "-u", HERE / "dni.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    lines = [running.stdout.readline() for _ in range(5)]
+    running.terminate()
+    _, errors = running.communicate()
+    assert "?, the gradient of the border's state" in lines[3]
+    assert errors == ""
+
+
 # ------------------------------------------------------------------------------------------ 8. data
 
 
