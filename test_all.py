@@ -2934,6 +2934,22 @@ def test_a_training_that_is_done_is_only_tested(corpus, tmp_path, monkeypatch):
     assert [row["epoch"] for row in rows_of(folder)] == ["1", "2"]
 
 
+def test_what_is_known_of_a_text_is_said_twice(corpus, tmp_path, monkeypatch):
+    """First after what the text is, and at the end beside the test perplexity, to be compared."""
+    text = data.load_corpus(str(corpus))
+    text.facts = {"perplexity floor": 1.5}
+
+    def known(*_):
+        return text
+
+    monkeypatch.setattr(train, "load_corpus", known)
+    ended = program("--data", corpus, *TINY, "--epochs", 1, "--out", tmp_path / "r")
+    lines = ended.stdout.splitlines()
+    assert lines[:2] == data.describe(text)
+    assert re.match(r"[\d,]+ parameters; torch.float32 products on cpu; ", lines[2])
+    assert lines[-3] == "perplexity floor 1.5000"
+
+
 class Clock:
     """A clock that stands still until it is set."""
 
@@ -3270,8 +3286,9 @@ def test_a_checkpoint_whose_parts_do_not_fit(corpus, tmp_path):
         "--min-count 2",
     ],
 )
-def test_impossible_settings(flags):
+def test_impossible_settings(flags, monkeypatch):
     """Each ends in one line that names the flag, and status 2, before any work."""
+    monkeypatch.setattr(train, "train", None)
     assert re.findall(r"--[a-z0-9-]*[a-z]", flags)[-1] in refused(*flags.split())
 
 
@@ -3319,8 +3336,9 @@ def test_a_refusal_says_what_is_true(field):
         assert str(refusal.value) == line
 
 
-def test_bounds_of_the_rate_may_be_equal_and_not_cross():
+def test_bounds_of_the_rate_may_be_equal_and_not_cross(monkeypatch):
     """eta_min is at most eta_max, or else lr, in each run. Equal bounds are a constant rate."""
+    monkeypatch.setattr(train, "train", None)
     equal = "--eta-min 1e-3 --eta-max 1e-3".split()
     assert parsed(*equal).eta_min == parsed(*equal).eta_max == (1e-3,)
     assert parsed("--eta-min", "1e-2").lr == 1e-2
