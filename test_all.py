@@ -186,6 +186,7 @@ def test_training_is_the_plain_program(changes, monkeypatch):
         close(network.state_dict(), expected, atol=1e-10, rtol=0)
 
 
+@SLOW
 def test_the_plain_program_runs_alone(tmp_path):
     """`python plain.py alternating` alternates at each restart, and learns, alone in a folder."""
     shutil.copy(HERE / "experiments" / "plain.py", tmp_path)
@@ -228,7 +229,8 @@ def pool_closed_form(f, z, c0):
 
 def another_qrnn(old="", new=""):
     """A second module made of qrnn.py's text, with `old` replaced."""
-    text, module = (HERE / "qrnn.py").read_text(encoding="utf-8"), types.ModuleType("another_qrnn")
+    text = (HERE / "qrnn.py").read_text(encoding="utf-8")
+    module = types.ModuleType("another_qrnn")
     assert not old or text.count(old) == 1
     exec(compile(text.replace(old, new), HERE / "qrnn.py", "exec"), vars(module))
     return module
@@ -243,7 +245,8 @@ def another_qrnn(old="", new=""):
 @pytest.mark.parametrize("T", [1, 2, 7])
 def test_pooling_loop_is_closed_form_is_explicit_function(T, dtype, tolerance, device):
     """The three forms agree in c_1 .. c_T, c_T, and the gradients of f, z and c_0 through both."""
-    first, weights = gates(T), [randn(T, 3, 4), randn(3, 4)]
+    first = gates(T)
+    weights = [randn(T, 3, 4), randn(3, 4)]
     outputs = [(c, c[-1]) for c in (pool_loop(*first), pool_closed_form(*first))]
     expected, closed = ([*out, *grad(out, first, weights, retain_graph=True)] for out in outputs)
     close(closed, expected)
@@ -375,11 +378,13 @@ def test_streaming(window):
 
     Pieces may be shorter than the window.
     """
-    qrnn, x = QRNN(3, 4, 2, window=window).double(), randn(7, 2, 3)
+    qrnn = QRNN(3, 4, 2, window=window).double()
+    x = randn(7, 2, 3)
     for cuts in itertools.chain.from_iterable(
         itertools.combinations(range(1, 7), n) for n in (1, 2, 6)
     ):
-        state, pieces = None, []
+        state = None
+        pieces = []
         for start, stop in itertools.pairwise((0, *cuts, 7)):
             piece, state = qrnn(x[start:stop], state)
             pieces.append(piece)
@@ -388,11 +393,14 @@ def test_streaming(window):
 
 def test_qrnn_is_called_like_an_lstm():
     """Same shapes in and out as nn.LSTM, (T, B, I) or batch_first. Wrong shapes are refused."""
-    x, tokens, outputs = torch.randn(7, 3, 5), torch.zeros(7, 3, dtype=torch.int64), []
+    x = torch.randn(7, 3, 5)
+    tokens = torch.zeros(7, 3, dtype=torch.int64)
+    outputs = []
     for batch_first in (False, True):
         torch.manual_seed(0)
         options = dict(num_layers=2, batch_first=batch_first, dropout=0.5)
-        qrnn, lstm = QRNN(5, 4, **options), nn.LSTM(5, 4, **options)
+        qrnn = QRNN(5, 4, **options)
+        lstm = nn.LSTM(5, 4, **options)
         output, state = qrnn(x)
         assert output.shape == qrnn(x, state)[0].shape == lstm(x)[0].shape
         assert [c.shape for c in c_of(state)] == [c.shape for c in lstm(x)[1][1]]
@@ -563,8 +571,10 @@ def test_zoneout_keeps_the_old_value():
 
     Evaluation uses the mean of the gate.
     """
-    layer, p = QRNNLayer(5, 400, zoneout=0.3).double(), 0.3
-    x, c0 = randn(1, 1, 5).expand(6, 8, 5), randn(8, 400)
+    layer = QRNNLayer(5, 400, zoneout=0.3).double()
+    p = 0.3
+    x = randn(1, 1, 5).expand(6, 8, 5)
+    c0 = randn(8, 400)
     z, f, o = F.linear(x, layer.weight, layer.bias).chunk(3, -1)
     z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
     c = torch.cat([c0[None], layer(x, (c0, x[:0]))[0] / o])
@@ -585,7 +595,8 @@ def test_bf16_products_stay_near_float32(device):
 
     State, logits, softmax and the answers of g stay float32.
     """
-    model, results = LanguageModel(50, 32, 64, 2).to(device), []
+    model = LanguageModel(50, 32, 64, 2).to(device)
+    results = []
     tokens = torch.randint(50, (20, 4)).to(device)
     for product in (torch.float32, torch.bfloat16):
         with torch.autocast(device, product, product != torch.float32):
@@ -618,7 +629,9 @@ def four_steps(compiled, device, product):
     if compiled:
         train.compile_modules([model, dni.g])
     inputs, targets = data.streams(torch.randint(60, (301,)).to(device), 4)
-    autocast, state, found = torch.autocast(device, product, product != torch.float32), None, []
+    autocast = torch.autocast(device, product, product != torch.float32)
+    state = None
+    found = []
     for x, y in zip(inputs.split(20), targets.split(20)):
         torch.manual_seed(len(found))
         # Forms with and without a state, an h_g and a graph: all were met by the third chunk.
@@ -668,7 +681,9 @@ class Launches(TorchDispatchMode):
 
 def steps_of_the_papers_model(mode, watch, compiled=False):
     """Train the paper's model, with few neurons, on six chunks. Returns what watch() saw."""
-    s, seen, state = train.preset("paper", mode, "ptb"), [], None
+    s = train.preset("paper", mode, "ptb")
+    seen = []
+    state = None
     s = dataclasses.replace(s, hidden_size=9, embedding_size=7)
     model, optimizer, dni = train.build(s, 30, "cpu")
     if compiled:
@@ -755,14 +770,18 @@ def test_eq1_with_the_true_future_gradient_is_full_bptt():
     parameters = list(model.parameters())
     losses, states = one_graph(model, chunks)
     full = flatten(grad(sum(losses), parameters, retain_graph=True))
-    T_B, future = chunks[0][0].numel(), []
+    T_B = chunks[0][0].numel()
+    future = []
     for k in range(2):
         gradients = grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True)
         future.append([T_B * d for d in gradients])
     future.append([torch.zeros_like(c) for c in c_of(states[2])])
 
     def sum_over_chunks(synthetic):
-        dni, state, total, truth = Interface(NeuronDNI().double()), None, 0.0, iter(future)
+        dni = Interface(NeuronDNI().double())
+        state = None
+        total = 0.0
+        truth = iter(future)
         dni.synthesize = lambda s_next: next(truth)  # whatever the state
         for inputs, targets in chunks:
             frozen = torch.optim.SGD(parameters, 0.0)
@@ -808,7 +827,9 @@ def test_bootstrapped_target(alpha, monkeypatch):
     model, chunks = tiny_model()
     g = lively(NeuronDNI()).double()
     dni = Interface(g, torch.optim.SGD(g.parameters(), 0.0), alpha)
-    optimizer, state, borders = torch.optim.SGD(model.parameters(), 0.0), None, []
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    state = None
+    borders = []
     for inputs, targets in chunks[:2]:
         borders.append(state)
         _, state = train.train_step(model, optimizer, dni, inputs, targets, state, True, math.inf)
@@ -844,10 +865,13 @@ class Reader(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        self.embedding, self.rnn, self.decoder = nn.Embedding(7, 5), kind(5, 6), nn.Linear(6, 7)
+        self.embedding = nn.Embedding(7, 5)
+        self.rnn = kind(5, 6)
+        self.decoder = nn.Linear(6, 7)
 
     def forward(self, chunk, s):
-        x, one = self.embedding(chunk[:-1]), isinstance(self.rnn, nn.GRU)
+        x = self.embedding(chunk[:-1])
+        one = isinstance(self.rnn, nn.GRU)
         h, states = self.rnn(x, s[0][None] if one else tuple(c[None] for c in s))
         loss = F.cross_entropy(self.decoder(h).flatten(0, 1), chunk[1:].flatten())
         return (list(states) if one else [c[0] for c in states]), loss
@@ -865,14 +889,21 @@ def test_five_lines_add_a_synthetic_gradient_to_any_model(kind, make_g):
     The prediction that is used at a border, and the one that the next chunk corrects there, come
     from the same φ and h_g.
     """
-    T, B, alpha = 4, 3, 0.7
+    T = 4
+    B = 3
+    alpha = 0.7
     n = 2 if kind is nn.LSTM else 1
-    read, g, phi_gradients, used = Reader(kind).double(), lively(make_g(n)).double(), [], None
+    read = Reader(kind).double()
+    g = lively(make_g(n)).double()
+    phi_gradients = []
+    used = None
     dni = Interface(g, torch.optim.SGD(g.parameters(), 0.01), alpha)
     dni.optimizer.register_step_pre_hook(
         lambda *_: phi_gradients.append([p.grad.clone() for p in g.parameters()])
     )
-    text, s_next, memory = torch.randint(7, (3 * T + 1, B)), [torch.zeros(B, 6, **DOUBLE)] * n, None
+    text = torch.randint(7, (3 * T + 1, B))
+    s_next = [torch.zeros(B, 6, **DOUBLE)] * n
+    memory = None
     for k in range(3):
         chunk = text[k * T : (k + 1) * T + 1]
         read.zero_grad()
@@ -903,14 +934,16 @@ def test_a_layer_wise_g_is_an_mlp_a_layer(hidden_size, matrices):
 
     The neuron-wise g is 10 to 100 times smaller.
     """
-    g, s = lively(LayerDNI([4, 3], hidden_size)), [torch.randn(2, 4), torch.randn(2, 3)]
+    g = lively(LayerDNI([4, 3], hidden_size))
+    s = [torch.randn(2, 4), torch.randn(2, 3)]
     for mlp, x, answer in zip(g.mlps, s, g(s)[0]):
         linears = [m for m in mlp if isinstance(m, nn.Linear)]
         for i, linear in enumerate(linears):
             x = (x.relu() if i else x) @ linear.weight.T + linear.bias
         assert len(linears) == matrices
         close(answer, x)
-    paper, default = [1550, 1550, 1550, 400], Interface(NeuronDNI()).optimizer
+    paper = [1550, 1550, 1550, 400]
+    default = Interface(NeuronDNI()).optimizer
     count, neuron = (sum(p.numel() for p in g.parameters()) for g in (LayerDNI(paper), NeuronDNI()))
     assert 10 <= count / neuron <= 100
     assert isinstance(default, torch.optim.Adam) and default.param_groups[0]["lr"] == 1e-4
@@ -1356,7 +1389,8 @@ def test_agreement_is_with_the_truth():
         guesses.append(flatten(predicted))
         later = grad(sum(losses[k + 1 :]), c_of(states[k]), retain_graph=True)
         truths.append(8 * flatten(later))  # T B
-    p, t = torch.cat(guesses), torch.cat(truths)
+    p = torch.cat(guesses)
+    t = torch.cat(truths)
     expected = [
         F.cosine_similarity(p, t, 0).item(),
         (1 - (p - t).square().sum() / t.square().sum()).item(),
@@ -1375,7 +1409,8 @@ def test_an_oracle_agrees_with_any_cell(kind):
 
     The oracle reads all text after a border again, in one graph, from a copy of the state there.
     """
-    T, B = 3, 2
+    T = 3
+    B = 2
     embedding = nn.Embedding(7, 5).double()
     cell = kind(5, 6).double()
     decoder = nn.Linear(6, 7).double()
@@ -1681,11 +1716,14 @@ def expected_gradients(text, model):
         return math.log(one / zero)
 
     theta = torch.zeros((), **DOUBLE, requires_grad=True)
-    of_s, of_theta = [0.0, 0.0], 0.0
+    of_s = [0.0, 0.0]
+    of_theta = 0.0
     for (w1, w2, *future), p in text.items():
-        s, loss = 2 * w2 - 1 + theta * (2 * w1 - 1), 0.0
+        s = 2 * w2 - 1 + theta * (2 * w1 - 1)
+        loss = 0.0
         for k, word in enumerate(future):
-            low, high = logit((0, *future[:k])), logit((1, *future[:k]))
+            low = logit((0, *future[:k]))
+            high = logit((1, *future[:k]))
             x = (low + high) / 2 + (high - low) / 2 * s  # `low` at s = -1, `high` at s = 1
             loss = loss - F.logsigmoid(x if word else -x)
         ds, dtheta = grad(loss, (s, theta))
@@ -1721,7 +1759,8 @@ def test_perplexity_by_hand():
         "dropout_weight",
     )
     model = LanguageModel(13, 4, 6, 2, **dict.fromkeys(everywhere, 0.5)).double()
-    tokens, by_hand = torch.randint(13, (40,)), 0.0
+    tokens = torch.randint(13, (40,))
+    by_hand = 0.0
     for i in range(1, 40):  # a fresh pass over the whole past for each token
         logits, _ = model.eval().logits(tokens[:i, None])
         by_hand -= logits[-1, 0].softmax(0)[tokens[i]].log().item() / 39
@@ -1831,7 +1870,9 @@ def test_each_dropout_is_in_its_place():
         dropout_weight=0.5,
     )
     model, _, _ = train.build(s, 60, "cpu")
-    layers, tokens, seen = model.rnn.layers, torch.randint(60, (30, 40)), []
+    layers = model.rnn.layers
+    tokens = torch.randint(60, (30, 40))
+    seen = []
     for layer in layers:
         layer.register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs[0])))
 
@@ -1942,7 +1983,8 @@ def test_restarts_of_the_paper_and_of_the_authors_readme():
             run_at(**{"epoch": 1, **bad})
     # Restarts summed in floating point, run by run, are restarts. So are their neighbouring floats.
     for base, mult in (0.1, 2), (0.1, 1), (1 / 3, 2), (0.7, 3), (0.2, 1.5):
-        start, length = 0.0, base
+        start = 0.0
+        length = base
         for i in range(1, 16):
             start, length = start + length, length * mult
             neighbours = (math.nextafter(start, to) for to in (0, math.inf))
@@ -3998,7 +4040,9 @@ def test_the_house():
     assert not list(HERE.glob("*/__init__.py"))
 
 
-@pytest.mark.parametrize("script", ["qrnn.py", "dni.py", "sgdr.py", "data.py"])
+@pytest.mark.parametrize(
+    "script", ["qrnn.py", pytest.param("dni.py", marks=SLOW), "sgdr.py", "data.py"]
+)
 def test_each_file_runs_alone(script, tmp_path):
     """`python FILE` shows its idea, alone in its folder or, for dni.py, beside what it needs."""
     for name in (script, "qrnn.py", "data.py") if script == "dni.py" else (script,):
@@ -4065,7 +4109,8 @@ def test_the_recipe_is_what_the_search_found():
     rows = study.read_log(study.LOGS / "search.csv")
     for method in reproduce.METHODS:
         for epochs in ("15", "5"):
-            mine, found = report.having(rows, data="ptb", method=method, epochs=epochs), {}
+            mine = report.having(rows, data="ptb", method=method, epochs=epochs)
+            found = {}
             for (rate, _), its in report.groups(mine, "lr", "seed").items():
                 found.setdefault(float(rate), []).append(
                     min(report.numbers(its, "valid_perplexity"))
@@ -4115,9 +4160,12 @@ def test_the_authors_g_is_a_loop_over_neurons():
         zoneout.
     """
     g = authors.AcrossNeurons(hidden_size=5).double()
-    W_e, b_e = g.encode.weight[:, 0], g.encode.bias
-    W, b = g.gates.weight, g.gates.bias
-    W_d, b_d = g.decode.weight[0], g.decode.bias
+    W_e = g.encode.weight[:, 0]
+    b_e = g.encode.bias
+    W = g.gates.weight
+    b = g.gates.bias
+    W_d = g.decode.weight[0]
+    b_d = g.decode.bias
     assert W_e.abs().max() <= 0.1 and W_d.abs().max() <= 0.1 and not b_e.any() and not b_d.any()
     memory = None
     m = torch.zeros(5, **DOUBLE)
