@@ -4225,6 +4225,7 @@ def test_sums_over_windows_are_one_text():
     found = injected.summary(injected.look_on(model, g, 0.7, texts, 4))
 
     total = [0.0] * 3
+    placebo = 0.0
     for text, begins in ((inputs[:16], True), (inputs[3:11], False)):
         labels = targets[:16] if begins else targets[3:11]
         chunks, _ = train.read_chunks(model, text, labels, 4)
@@ -4237,15 +4238,24 @@ def test_sums_over_windows_are_one_text():
             def remembering(s, fresh, memory=memory):
                 return g(s, memory if fresh is None else fresh)
 
+            def of_the_other_stream(s, fresh, g=remembering):
+                predicted, fresh = g(s, fresh)
+                return [d[[1, 0]] for d in predicted], fresh
+
             total = [
                 a + b for a, b in zip(total, crossing(remembering, window, 8, parameters, 0.7))
             ]
+            _, _, other = crossing(of_the_other_stream, window, 8, parameters, 0.7)
+            placebo = placebo + other
             _, memory = g([c.detach() for c in window[1][0]], memory)
     truncated, lost, sent = total
     assert found["lost"] == pytest.approx((lost.norm() / truncated.norm()).item(), rel=1e-3)
     assert found["injected"] == pytest.approx((sent.norm() / truncated.norm()).item(), rel=1e-3)
     cosine = F.cosine_similarity(sent, lost, 0).item()
     assert found["cosine"] == pytest.approx(cosine, rel=1e-3) and found["windows"] == 3
+    assert found["placebo"] == pytest.approx((placebo.norm() / truncated.norm()).item(), rel=1e-3)
+    cosine = F.cosine_similarity(placebo, lost, 0).item()
+    assert found["placebo_cosine"] == pytest.approx(cosine, rel=1e-3)
 
 
 def test_results_are_what_the_logs_say():

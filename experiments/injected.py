@@ -3,12 +3,13 @@
     python experiments/injected.py               models of text.py on characters; resumable
     python experiments/injected.py FOLDER ..     trainings of train.py with a g, as they ended
 
-Three gradients of θ are summed over 200 windows of text, all streams, without dropout (crossing in
+Four gradients of θ are summed over 200 windows of text, all streams, without dropout (crossing in
 dni.py):
 
     truncated    every border cut
     lost         what the chunks of a window would add to it in one graph
     injected     what g adds to it at the borders within a window
+    placebo      what δ^ would add if each stream got that of another stream
 
 A model of text.py is trained for 3000 updates with its g. Then it is looked at 200 times, on a
 window of four chunks that comes next, and goes on learning for 15 updates each time: so the sums
@@ -17,8 +18,9 @@ text from the beginning, in windows of two chunks. Where this text is too short,
 from half a chunk further on, where the borders are others.
 
 Columns
-    injected, lost        norms of the sums, over the norm of the truncated sum
+    injected, lost, ..    norms of the sums, over the norm of the truncated sum
     cosine                of the injected sum with the lost sum
+    placebo_cosine        of the placebo's sum with the lost sum
     across                of the injected sum over even windows with the lost sum over odd ones, and
                           the reverse, a mean: without what sums over the same windows share
     halves_truncated, ..  cosine of the sum over even windows with that over odd ones: near 1 the
@@ -30,7 +32,9 @@ Columns
 What this can tell. At T = 2 text.py knows the answer: the linear g gives back 0.62 of what
 truncation costs, the neuron-wise g 0.02. So the cosine carries an argument only if it separates
 these two: above zero for the linear g at T = 2 in every seed, and lower for the neuron-wise one,
-while halves_lost says that there is a signal.
+while halves_lost says that there is a signal. The placebo keeps the mean of δ^ over the streams. A
+cosine that is no higher than placebo_cosine comes from this mean, and not from what g reads in a
+stream.
 
 What it cannot tell. At one moment of a training, with θ and g fixed, nearly all of what a g injects
 is one constant direction, and its cosine carries no argument. So of trainings that have ended
@@ -68,7 +72,7 @@ UPDATES = 3000  # of a model of text.py, before it is measured
 BETWEEN = 15  # updates between two windows
 RATE_OF_G = 1e-4  # the best one of text.py --study rates
 SEEDS = (1, 2, 3)
-NAMES = ("truncated", "lost", "injected")
+NAMES = ("truncated", "lost", "injected", "placebo")
 
 
 def windows(inputs, targets, steps, count, shift):
@@ -92,8 +96,9 @@ def look(model, g, alpha, inputs, targets, T, state, memory, autocast):
     """One window, without dropout.
 
     state, memory: the model's and g's before the window; None where the text begins.
-    Returns what was found, and state and memory after the window. Found are the three gradients of
-    θ, and as two vectors what g said at the borders within, and the true gradients there.
+    Returns what was found, and state and memory after the window. Found are the gradients of θ, in
+    the order of NAMES, and as two vectors what g said at the borders within, and the true gradients
+    there.
     """
     was_training = model.training
     model.eval()
@@ -107,10 +112,12 @@ def look(model, g, alpha, inputs, targets, T, state, memory, autocast):
             _, memory = g(constants(s), memory)
     predicted, memory = predictions(g, chunks, memory)
     truth = true_gradients(chunks, tokens_per_chunk)
+    of_others = [[d.roll(len(d) // 2, 0) for d in at_border] for at_border in predicted]
     gradients = [
         gradient_of(sum(loss for _, _, loss in chunks), parameters),
         through_borders(truth, chunks, parameters) / tokens_per_chunk,
         through_borders(predicted, chunks, parameters) * alpha / tokens_per_chunk,
+        through_borders(of_others, chunks, parameters) * alpha / tokens_per_chunk,
     ]
     found = gradients, flatten(sum(predicted, [])), flatten(sum(truth, []))
     return found, state, memory
@@ -128,8 +135,8 @@ def look_on(model, g, alpha, texts, T, state=None, memory=None, autocast=None):
 
 
 def summary(windows_found):
-    """Sum the three gradients over what `look` found in all windows. Returns {column: value}."""
-    sums = [[0.0] * 3, [0.0] * 3]  # of even and of odd windows: truncated, lost, injected
+    """Sum the gradients over what `look` found in all windows. Returns {column: value}."""
+    sums = [[0.0] * len(NAMES), [0.0] * len(NAMES)]  # of even and of odd windows
     ratios = []
     said = []
     true = []
@@ -139,14 +146,16 @@ def summary(windows_found):
         said.append(predicted)
         true.append(truth)
     even, odd = sums
-    truncated, lost, injected = (a + b for a, b in zip(even, odd))
-    _, one_lost, one_injected = torch.tensor(ratios).mean(0).tolist()
+    truncated, lost, injected, placebo = (a + b for a, b in zip(even, odd))
+    _, one_lost, one_injected, _ = torch.tensor(ratios).mean(0).tolist()
     delta_cosine, delta_r2 = compare(said, true)
     halves = {f"halves_{name}": cosine(a, b) for name, a, b in zip(NAMES, even, odd)}
     columns = {
         "injected": (injected.norm() / truncated.norm()).item(),
         "lost": (lost.norm() / truncated.norm()).item(),
+        "placebo": (placebo.norm() / truncated.norm()).item(),
         "cosine": cosine(injected, lost),
+        "placebo_cosine": cosine(placebo, lost),
         "across": (cosine(even[2], odd[1]) + cosine(odd[2], even[1])) / 2,
         **halves,
         "one_injected": one_injected,

@@ -2,6 +2,7 @@
 
     python experiments/recall.py              about three hours; resumable
     python experiments/recall.py --cells      a QRNN, a GRU and an LSTM, half an hour
+    python experiments/recall.py --neuron     more of the neuron-wise DNI, half an hour
 
 An episode shows a symbol, then fillers, then a query; the answer is the symbol. With b T - 1
 fillers, b borders lie between symbol and query, and truncated BPTT cannot connect them. The arms:
@@ -19,6 +20,10 @@ on another text.
 
 With `--cells` there is one border, the answers alone are scored, and α and g's rate are dni.py's
 defaults. For the LSTM, each g is tried with and without the penalty on the LSTM's c.
+
+With `--neuron` the neuron-wise DNI has a rate of 1e-4, and the answers alone are scored. Two
+questions: does this rate, which was tried after the search, carry credit across two and three
+borders? And what do fewer updates and an α of 1, the settings of `--cells`, do across one?
 """
 
 import argparse
@@ -187,15 +192,43 @@ def cases_of_the_cells(seeds):
     return cases
 
 
+def cases_of_the_neuron(seeds):
+    """Across one border with the settings of `main`, those of --cells, and a mixture of both."""
+    settings = [(1, updates, alpha) for updates in (UPDATES, 1500) for alpha in (ALPHA, 1.0)]
+    settings += [(2, UPDATES, ALPHA), (3, UPDATES, ALPHA)]
+    return [
+        dict(
+            counts="answers",
+            arm="neuron",
+            rate=1e-4,
+            borders=borders,
+            seed=seed,
+            updates=updates,
+            alpha=alpha,
+        )
+        for seed in seeds
+        for borders, updates, alpha in settings
+    ]
+
+
+def one_of_the_neuron(case):
+    return one(case, case["updates"], case["alpha"])
+
+
 def main():
     parser = argparse.ArgumentParser(description="Is credit carried across a border?")
     parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
     parser.add_argument("--cells", action="store_true", help="compare recurrent networks")
+    parser.add_argument("--neuron", action="store_true", help="more of the neuron-wise DNI")
     args = parser.parse_args()
     if args.cells:
         function = functools.partial(one, updates=1500, alpha=1.0)
         cases = cases_of_the_cells(args.seeds)
         study.do_cases(study.LOGS / "recall-cells.csv", function, cases)
+        return
+    if args.neuron:
+        cases = cases_of_the_neuron(args.seeds)
+        study.do_cases(study.LOGS / "recall-neuron.csv", one_of_the_neuron, cases)
         return
 
     # First the search for g's rates, then, with the best of them, the other seeds.

@@ -28,6 +28,7 @@ LOGS = (
     "authors",
     "recall",
     "recall-cells",
+    "recall-neuron",
     "search",
     "methods-small-ptb",
     "methods-small-wt2",
@@ -138,6 +139,10 @@ def sections(logs):
         ("On words. `text.py --study words`", words_table),
         ("Is credit carried? `recall.py`", recall_table(logs["recall"])),
         ("With a GRU or an LSTM? `recall.py --cells`", cells_table(logs["recall-cells"])),
+        (
+            "And the neuron-wise g at a rate of 1e-4? `recall.py --neuron`",
+            neuron_table(logs["recall-neuron"]),
+        ),
         ("Which rate suits which method? `reproduce.py --search`", search_table(logs["search"])),
         ("The paper's methods. `reproduce.py`", "\n".join(methods)),
     ]
@@ -395,6 +400,18 @@ def cells_table(rows):
     )
 
 
+def neuron_table(rows):
+    """Accuracy of recall.py --neuron; "" where there are no rows."""
+    if not rows:
+        return ""
+    lines = []
+    for case, its_rows in groups(rows, "borders", "updates", "alpha").items():
+        accuracies = numbers(its_rows, "accuracy")
+        lines.append([*case, quartiles(accuracies), above(accuracies)])
+    head = ["borders", "updates", "α", "accuracy", "above 0.9"]
+    return "Answers scored. Median [quartiles] over the seeds.\n\n" + markdown_table(head, lines)
+
+
 def search_table(rows):
     """Perplexity of each training of reproduce.py --search at its best epoch."""
 
@@ -476,7 +493,7 @@ def injected_table(rows):
     lines = []
     for (what, g, T), its_rows in groups(rows, "what", "g", "T").items():
         cells = [what, g, T, len(its_rows)]
-        for column in ("injected", "lost", "cosine", "across"):
+        for column in ("injected", "lost", "cosine", "across", "placebo_cosine"):
             cells.append(spread(numbers(its_rows, column), 3))
         for column in ("halves_injected", "halves_lost", "delta_r2"):
             cells.append(spread(numbers(its_rows, column), 2))
@@ -484,7 +501,7 @@ def injected_table(rows):
     if not lines:
         return ""
     head = ["model", "g", "T", "seeds", "injected", "lost", "cosine of the two", "across halves"]
-    head += ["halves of injected", "halves of lost", "R² of δ^"]
+    head += ["placebo's cosine", "halves of injected", "halves of lost", "R² of δ^"]
     return (
         "Gradients of θ, summed over windows of text: the sizes are those of the sums, over the "
         "size of the truncated one. The head of injected.py says what the columns mean, and what "
