@@ -4193,6 +4193,23 @@ def test_the_authors_g_is_a_loop_over_neurons():
     close(authors.scan(f, (1 - f) * z), pool_loop(f, z, torch.zeros(1, 5)))
 
 
+def test_all_streams_begin_an_episode_at_one_place():
+    """`recall.py --places`: where every period begins, all streams are shown a symbol.
+
+    The text of a stream is that of `episodes`, and an answer is the symbol.
+    """
+    period = 20
+    text = data.episodes(period - 3, 8 * period, 7, seed=3, answers_only=True)
+    inputs, targets = recall.at_one_place(*text, period)
+    assert inputs.shape == targets.shape == (7 * period, 7)
+    symbols = inputs[::period]
+    assert (symbols < 4).all() and (inputs < 4).sum() == 2 * symbols.numel() > 0
+    asked = inputs == recall.QUERY
+    assert torch.equal(asked.nonzero()[:, 0].unique(), torch.arange(period - 2, 7 * period, period))
+    assert torch.equal(targets[asked].view(7, 7), symbols) and (targets[~asked] == -100).all()
+    assert torch.equal(inputs[:, 0], text[0][: 7 * period, 0])
+
+
 def test_the_authors_g_learns_the_sum_of_squares():
     """On the gradients of the mean loss, without their unit of dni.py: one step of Adam at 1e-3."""
     g = authors.AcrossNeurons().double()

@@ -3,6 +3,7 @@
     python experiments/recall.py              about three hours; resumable
     python experiments/recall.py --cells      a QRNN, a GRU and an LSTM, half an hour
     python experiments/recall.py --neuron     more of the neuron-wise DNI, half an hour
+    python experiments/recall.py --places     what a g needs in order to learn, ten minutes
 
 An episode shows a symbol, then fillers, then a query; the answer is the symbol. With b T - 1
 fillers, b borders lie between symbol and query, and truncated BPTT cannot connect them. The arms:
@@ -24,6 +25,12 @@ defaults. For the LSTM, each g is tried with and without the penalty on the LSTM
 With `--neuron` the neuron-wise DNI has a rate of 1e-4, and the answers alone are scored. Two
 questions: does this rate, which was tried after the search, carry credit across two and three
 borders? And what do fewer updates and an α of 1, the settings of `--cells`, do across one?
+
+With `--places` an episode has 2 T steps, and g is one linear map at 1e-4 with α = 1. `spread`: the
+streams are at different places of their episodes, as in all other studies. So at each border some
+streams have just been shown their symbol, and others are about to be asked for it. `same`: all
+streams begin an episode where a chunk begins, so the border always lies in the middle of an
+episode. Beside it, with the episodes of `--cells`, a GRU of two layers, with more and more updates.
 """
 
 import argparse
@@ -59,39 +66,40 @@ CELLS = {"qrnn": None, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 class Cell(nn.Module):
-    """nn.GRU or nn.LSTM of one layer, called as a QRNN is.
+    """nn.GRU or nn.LSTM, called as a QRNN is.
 
-    Its state is a list of pairs (c, x_prev): one of them for a GRU's h, two for an LSTM's h and c.
-    c is (B, NEURONS); x_prev is empty, (0, B, NEURONS).
+    Its state is a list of pairs (c, x_prev): for each layer a GRU's h; an LSTM's h for each layer,
+    then its c for each layer. c is (B, NEURONS); x_prev is empty, (0, B, NEURONS).
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind, layers=1):
         super().__init__()
-        self.rnn = kind(NEURONS, NEURONS)
+        self.rnn = kind(NEURONS, NEURONS, layers)
         if kind is nn.LSTM:
             with torch.no_grad():  # the forget gates begin at about sigmoid(2)
                 self.rnn.bias_ih_l0[NEURONS : 2 * NEURONS] = 2.0
 
     def forward(self, x, state=None):
         """x: (T, B, NEURONS). Returns the outputs, of the same shape, and the state."""
+        is_lstm = isinstance(self.rnn, nn.LSTM)
         before = None
         if state is not None:
-            before = tuple(c[None] for c, _ in state)  # (1, B, NEURONS) each, as torch has them
-            if isinstance(self.rnn, nn.GRU):
-                (before,) = before
+            before = torch.stack([c for c, _ in state])
+            if is_lstm:
+                before = before.chunk(2)  # h and c, (layers, B, NEURONS) each
         outputs, after = self.rnn(x, before)
-        if isinstance(self.rnn, nn.GRU):
-            after = (after,)
-        return outputs, [(c[0], x[:0]) for c in after]
+        if is_lstm:
+            after = torch.cat(after)
+        return outputs, [(c, x[:0]) for c in after]
 
 
-def build_g(arm, kind):
+def build_g(arm, kind, layers):
     """The g of an arm, for a network of this kind: nn.GRU, nn.LSTM, or None for a QRNN."""
     if arm == "neuron":
         return NeuronDNI()
-    sizes = [NEURONS]
+    sizes = [NEURONS] * layers
     if kind is nn.LSTM:
-        sizes = [NEURONS, NEURONS]  # h and c
+        sizes = 2 * sizes  # h and c
     if arm == "layer":
         return LayerDNI(sizes, 50)
     return LayerDNI(sizes, 0)  # no hidden layer
@@ -100,20 +108,35 @@ def build_g(arm, kind):
 def build(case, alpha):
     """(model, optimizer, the arm's Interface or None)"""
     kind = CELLS[case.get("cell", "qrnn")]
+    layers = case.get("layers", 1)
     dni = None
     if case["arm"] in WITH_G:
         torch.manual_seed(case["seed"])
-        g = build_g(case["arm"], kind)
+        g = build_g(case["arm"], kind, layers)
         g_optimizer = torch.optim.Adam(g.parameters(), case["rate"])
         dni = Interface(g, g_optimizer, alpha, penalty=case.get("penalty", 0.0))
     torch.manual_seed(case["seed"])  # the same model for all arms
     model = study.Reader(QUERY + 1, NEURONS, NEURONS, forget=2.0)
     if kind is not None:
-        model.rnn = Cell(kind)
+        model.rnn = Cell(kind, layers)
     return model, torch.optim.Adam(model.parameters(), 3e-3), dni
 
 
 # ------------------------------------------------------------------------------------- one training
+
+
+def at_one_place(inputs, targets, period):
+    """episodes() without its first `period` steps or fewer in each stream: all begin an episode.
+
+    Stream b is b steps further in its episode than stream 0.
+    """
+    steps = len(inputs) - period
+    begins = [-b % period for b in range(inputs.shape[1])]
+
+    def shifted(tokens):
+        return torch.stack([tokens[n : n + steps, b] for b, n in enumerate(begins)], 1)
+
+    return shifted(inputs), shifted(targets)
 
 
 @torch.no_grad()
@@ -130,17 +153,23 @@ def one(case, updates=UPDATES, alpha=ALPHA):
     """Train and test. Returns one row in a list.
 
     case: {"counts", "arm", "rate", "borders", "seed"}; those of --cells have "cell" and "penalty"
-        too, and their rows `size`, the mean |c| at the end of the training.
+        too, and their rows `size`, the mean |c| at the end of the training. Those of --places have
+        "delay", "places" and "layers".
     """
     train.keep_freed_memory()
     b = case["borders"]
     seed = case["seed"]
-    delay = b * T - 1
+    delay = case.get("delay", b * T - 1)
     answers = case["counts"] == "answers"
     batch_size = B
     if answers:
         batch_size = 2 * (delay + 3)  # two streams for each place in an episode
-    inputs, targets = episodes(delay, updates * T, batch_size, seed, answers)
+    period = delay + 3
+    if case.get("places") == "same":
+        text = episodes(delay, updates * T + period, batch_size, seed, answers)
+        inputs, targets = at_one_place(*text, period)
+    else:
+        inputs, targets = episodes(delay, updates * T, batch_size, seed, answers)
     test_text = episodes(delay, 24 * T, 4 * (delay + 3), seed + 1000, answers)
     model, optimizer, dni = build(case, alpha)
     recent = collections.deque(maxlen=b + 1)  # chunks that `full` goes back through
@@ -154,7 +183,7 @@ def one(case, updates=UPDATES, alpha=ALPHA):
             synthetic = dni is not None
             _, state = train.train_step(model, optimizer, dni, x, y, state, synthetic, CLIP)
     row = {**case, "accuracy": round(accuracy(model, *test_text), 4)}
-    if "cell" in case:
+    if "penalty" in case:
         c, _ = state[-1]
         row["size"] = round(c.abs().mean().item(), 3)
     row["seconds"] = round(time.monotonic() - began, 1)
@@ -215,11 +244,31 @@ def one_of_the_neuron(case):
     return one(case, case["updates"], case["alpha"])
 
 
+def one_of_the_places(case):
+    return one(case, case["updates"], alpha=1.0)
+
+
+def cases_of_the_places(seeds):
+    cases = []
+    for seed in seeds:
+        linear = dict(counts="answers", arm="linear", rate=1e-4, borders=1, seed=seed)
+        others = [{**linear, "arm": arm, "rate": ""} for arm in ("bptt", "full")]
+        for cell in ("qrnn", "gru"):
+            for places in ("spread", "same"):
+                its = dict(cell=cell, layers=1, delay=2 * T - 3, places=places, updates=1500)
+                cases += [{**case, **its} for case in (*others, linear)]
+        for layers, updates in ((1, 1500), (2, 1500), (2, 3000)):
+            its = dict(cell="gru", layers=layers, delay=T - 1, places="spread", updates=updates)
+            cases.append({**linear, **its})
+    return cases
+
+
 def main():
     parser = argparse.ArgumentParser(description="Is credit carried across a border?")
     parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
     parser.add_argument("--cells", action="store_true", help="compare recurrent networks")
     parser.add_argument("--neuron", action="store_true", help="more of the neuron-wise DNI")
+    parser.add_argument("--places", action="store_true", help="what a g needs in order to learn")
     args = parser.parse_args()
     if args.cells:
         function = functools.partial(one, updates=1500, alpha=1.0)
@@ -229,6 +278,10 @@ def main():
     if args.neuron:
         cases = cases_of_the_neuron(args.seeds)
         study.do_cases(study.LOGS / "recall-neuron.csv", one_of_the_neuron, cases)
+        return
+    if args.places:
+        cases = cases_of_the_places(args.seeds)
+        study.do_cases(study.LOGS / "recall-places.csv", one_of_the_places, cases)
         return
 
     # First the search for g's rates, then, with the best of them, the other seeds.

@@ -29,6 +29,7 @@ LOGS = (
     "recall",
     "recall-cells",
     "recall-neuron",
+    "recall-places",
     "search",
     "methods-small-ptb",
     "methods-small-wt2",
@@ -142,6 +143,10 @@ def sections(logs):
         (
             "And the neuron-wise g at a rate of 1e-4? `recall.py --neuron`",
             neuron_table(logs["recall-neuron"]),
+        ),
+        (
+            "What does a g need in order to learn? `recall.py --places`",
+            places_table(logs["recall-places"]),
         ),
         ("Which rate suits which method? `reproduce.py --search`", search_table(logs["search"])),
         ("The paper's methods. `reproduce.py`", "\n".join(methods)),
@@ -410,6 +415,23 @@ def neuron_table(rows):
         lines.append([*case, quartiles(accuracies), above(accuracies)])
     head = ["borders", "updates", "α", "accuracy", "above 0.9"]
     return "Answers scored. Median [quartiles] over the seeds.\n\n" + markdown_table(head, lines)
+
+
+def places_table(rows):
+    """Accuracy of recall.py --places; "" where there are no rows."""
+    if not rows:
+        return ""
+    lines = []
+    names = ("cell", "layers", "delay", "places", "updates", "arm")
+    for case, its_rows in groups(rows, *names).items():
+        accuracies = numbers(its_rows, "accuracy")
+        *settings, arm = case
+        lines.append([*settings, RECALL[arm], quartiles(accuracies), above(accuracies)])
+    head = ["network", "layers", "delay", "streams", "updates", "", "accuracy", "above 0.9"]
+    return (
+        "One border, answers scored, α = 1, g's rate 1e-4. Median [quartiles] over the seeds. The "
+        "head of recall.py says what `spread` and `same` are.\n\n" + markdown_table(head, lines)
+    )
 
 
 def search_table(rows):
