@@ -74,7 +74,7 @@ def panel(axis, x, y, width, height, title):
     label(axis, x + 0.05, y + height + 0.2, title, size=11, side="left", fontweight="bold")
 
 
-def arrows(axis, colour, *ends):
+def arrows(axis, colour, *ends, style="-"):
     """ends: (x, y, x, y), from and to."""
     for x, y, to_x, to_y in ends:
         arrow = FancyArrowPatch(
@@ -84,6 +84,7 @@ def arrows(axis, colour, *ends):
             mutation_scale=12,
             color=colour,
             linewidth=1.4,
+            linestyle=style,
             shrinkA=0,
             shrinkB=0,
         )
@@ -121,24 +122,23 @@ def steps_figure():
     box(axis, 5, 0.85, "g", width=0.9, height=0.46, colour=BLUE, size=13)
     label(axis, 4.74, 1.62, "sees", BLUE, side="right")
     arrows(axis, BLUE, (4.78, 3, 4.78, 1.11))
-    axis.plot([4.53, 4.34, 4.34], [0.95, 0.95, 2.9], color=BLUE, linewidth=1.4)
-    arrows(axis, BLUE, (4.34, 2.9, 4.02, 2.9))
+    dashed = (0, (3, 2))  # in synthetic chunks only
+    axis.plot([4.53, 4.34, 4.34], [0.95, 0.95, 2.9], color=BLUE, linewidth=1.4, linestyle=dashed)
+    arrows(axis, BLUE, (4.34, 2.9, 4.02, 2.9), style=dashed)
     arrows(axis, RED, (5.28, 2.86, 5.28, 1.11))
     arrows(axis, BLUE, (3.5, 0.7, 4.53, 0.7), (5.47, 0.7, 6.5, 0.7))
     label(axis, 6.6, 0.7, "memory $h_g$, from border to border", BLUE, side="left")
-    arrows(axis, BLUE, (9.9, 2.9, 9.42, 2.9))
+    arrows(axis, BLUE, (9.9, 2.9, 9.42, 2.9), style=dashed)
     label(axis, 9.62, 2.7, "2  $\\alpha\\,\\hat\\delta_{k+1}$", BLUE)
 
     synthesise = (
-        "2  synthesise, in chunk k − 1:\n$\\alpha\\,\\hat\\delta_k$ goes into its backward pass"
+        "2  synthesise, only if chunk k − 1 is synthetic:\n"
+        "$\\alpha\\,\\hat\\delta_k$ goes into its backward pass"
     )
-    regress = (
-        "4  regress, in chunk k: g is taught the gradient\n"
-        "that $s_k$ receives there (with $\\alpha\\,\\hat\\delta_{k+1}$ in it)"
-    )
+    regress = "4  regress, in chunk k: g is taught the gradient\nthat $s_k$ receives there"
     others = (
-        "1  forward (black)        3  backward (red), from the border to g alone        "
-        "5  update the weights of the QRNN"
+        "1  forward (black)    3  backward (red), at the border to g alone    "
+        "5  update the QRNN's weights    dashed: in synthetic chunks only"
     )
     label(axis, 4.25, 1.2, synthesise, BLUE, side="right")
     label(axis, 5.6, 1.2, regress, RED, side="left")
@@ -168,6 +168,10 @@ def schedule_figure(epochs=75):
             colour = BLUE
             axis.axvspan(begin, end, color=BLUE, alpha=0.12, linewidth=0)
         label(axis, (begin + end) / 2, 1.13 * settings.lr, f"run {index}\n{source}", colour, 9)
+    last = settings.epochs
+    axis.plot(last, 0, "o", color=RED, clip_on=False, zorder=3)
+    arrows(axis, RED, (last + 1.6, 0.0030, last + 0.3, 0.0005))
+    label(axis, last + 1.0, 0.0043, f"here a training\nof {last} epochs\nends", RED, 9, "left")
     axis.set(xlim=(0, epochs), xlabel="epoch")
     axis.set(ylim=(0, 1.28 * settings.lr), ylabel="learning rate")
     axis.set(yticks=[0, settings.lr / 2, settings.lr])

@@ -70,14 +70,6 @@ TEXT = {
     "neuron": "neuron-wise (the paper's)",
     "neuron4": "neuron-wise, taught through 4 borders",
 }
-COLOURS = {
-    "bptt": "0.35",
-    "dni": "#d62728",
-    "cosine": "#2ca02c",
-    "restart": "0.35",
-    "dni-restart": "#d62728",
-    "alternating": "#1f77b4",
-}
 
 
 def main():
@@ -99,8 +91,8 @@ def main():
         "font.size": 9,
     }
     plt.rcParams.update(look)
-    methods = logs["methods-small-ptb"] + logs["methods-small-wt2"]
-    curves_figure(plt, methods).savefig(study.HERE / "curves.png", dpi=130)
+    figure = differences_figure(plt, logs["methods-small-ptb"])
+    figure.savefig(study.HERE / "differences.png", dpi=130)
     gain_figure(plt, logs["text"]).savefig(study.HERE / "gain.png", dpi=130)
     if report_alternate.of_patterns(logs["alternate"]):
         figure = report_alternate.patterns_figure(plt, logs["alternate"])
@@ -126,7 +118,7 @@ def sections(logs):
     # On words each arm has one rate, which was found on characters.
     every_key = {(arm, T): (arm, T, alpha, rate) for arm, T, alpha, rate in last_rows(words)}
     words_table = "Bits per word.\n\n" + lengths_table(words, every_key)
-    methods = ["![curves](curves.png)\n"]
+    methods = ["![differences](differences.png)\n"]
     for scale in ("small", "paper"):
         ptb = logs[f"methods-{scale}-ptb"]
         if ptb:
@@ -482,22 +474,34 @@ def methods_table(ptb, wt2, scale="small"):
     return markdown_table(head, lines)
 
 
-def differences_table(ptb):
-    """Differences of test perplexity on PTB, seed by seed, beside those of the paper's one seed."""
+def differences(ptb):
+    """[(what is compared, the paper's difference or None, ours)]; ours: a number for each seed.
+
+    Of test perplexity, the first method of COMPARED minus the second.
+    """
     last = last_epochs(ptb)
-    lines = []
+    found = []
     for method, other in COMPARED:
         name, paper, _ = PAPER[method]
         other_name, other_paper, _ = PAPER[other]
-        of_paper = "-"
+        of_paper = None
         if "-" not in (paper, other_paper):
-            of_paper = f"{paper - other_paper:+.2f}"
-        found = []
+            of_paper = paper - other_paper
+        ours = []
         for row in having(last.values(), method=method):
             beside = last.get((other, row["seed"]))
             if beside:
-                found.append(float(row["test_perplexity"]) - float(beside["test_perplexity"]))
-        lines.append([f"{name} - {other_name}", of_paper, interval(found, 2) or "-", len(found)])
+                ours.append(float(row["test_perplexity"]) - float(beside["test_perplexity"]))
+        found.append((f"{name} - {other_name}", of_paper, ours))
+    return found
+
+
+def differences_table(ptb):
+    """Differences of test perplexity on PTB, seed by seed, beside those of the paper's one seed."""
+    lines = []
+    for what, of_paper, ours in differences(ptb):
+        paper = "-" if of_paper is None else f"{of_paper:+.2f}"
+        lines.append([what, paper, interval(ours, 2) or "-", len(ours)])
     head = ["difference, PTB", "paper, one seed", "here, mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
 
@@ -557,30 +561,28 @@ def authors_table(rows):
 # ---------------------------------------------------------------------------------------- figures
 
 
-def curves_figure(plt, rows):
-    """Validation perplexity of the methods, a line a seed: PTB (Figure 2), below it WT2 (Figure 3).
-
-    Methods without restarts are on the left, those with a restart on the right.
-    """
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharey="row")
-    for (left, right), ((corpus,), its_rows) in zip(axes, groups(rows, "data").items()):
-        epochs = float(its_rows[-1]["epoch"])
-        restart = epochs / 3  # E_base is a third of the training
-        best = min(numbers(its_rows, "valid_perplexity"))
-        for method in PAPER:
-            axis = left if method in ("bptt", "dni", "cosine") else right
-            draw_curves(axis, method, having(its_rows, method=method))
-        right.axvline(restart, color="0.35", linewidth=0.8, linestyle=":")
-        right.axvspan(restart, epochs, color=COLOURS["alternating"], alpha=0.1, linewidth=0)
-        left.set(ylabel="validation perplexity", ylim=(0.95 * best, 2 * best))
-        titles = {
-            left: "without restarts",
-            right: "with a restart (dotted; shaded: alternating is synthetic)",
-        }
-        for axis, title in titles.items():
-            axis.set(xlabel="epoch", xlim=(0, epochs))
-            axis.set_title(f"{corpus.upper()}, {title}", fontsize=10)
-            axis.legend(fontsize=7, loc="upper right")
+def differences_figure(plt, ptb):
+    """Each difference of `differences`, with its seeds and its interval, beside the paper's."""
+    rows = differences(ptb)[:-1]  # the last one is so large that the others would not be seen
+    figure, axis = plt.subplots(figsize=(8.2, 3.0))
+    for place, (_, of_paper, ours) in enumerate(rows):
+        axis.plot(ours, [place + 0.2] * len(ours), ".", color="0.5")
+        if len(ours) > 1:
+            mean = statistics.mean(ours)
+            half = half_width(ours)
+            axis.errorbar(mean, place, xerr=half, fmt="o", color="black", capsize=3)
+        if of_paper is not None:
+            axis.plot(of_paper, place, "D", color="#d62728", fillstyle="none")
+    axis.axvline(0, color="0.35", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [what.replace(" - ", "\nminus ") for what, _, _ in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("difference of test perplexity on PTB (left of 0: the first is better)")
+    axis.set_title(
+        "Black: mean of the seeds here and its 95% interval. Grey: each seed.\n"
+        "Red: the paper's difference, of one training each, at its own size.",
+        fontsize=9,
+        loc="left",
+    )
     return figure
 
 
@@ -632,16 +634,6 @@ def gain_figure(plt, rows):
     )
     axis.legend(fontsize=8, frameon=False)
     return figure
-
-
-def draw_curves(axis, method, rows):
-    """A line for each seed. The first carries the method's name."""
-    label, *_ = PAPER[method]
-    for curve in groups(rows, "seed").values():
-        epochs = numbers(curve, "epoch")
-        perplexities = numbers(curve, "valid_perplexity")
-        axis.plot(epochs, perplexities, linewidth=0.8, color=COLOURS[method], label=label)
-        label = None
 
 
 if __name__ == "__main__":
