@@ -15,9 +15,10 @@ import textwrap
 import study
 
 import report_alternate
+import reproduce
 from recall import SEARCH_SEEDS, best_rate
 from tables import groups, half_width, having, interval, markdown_table, numbers, spread
-from text import best_rates
+from text import REACH, best_rates
 
 LOGS = (
     "text",
@@ -44,6 +45,12 @@ PAPER = {
     "restart": ("BPTT with restart", 64.44, 73.97),
     "dni-restart": ("DNI with restart", 64.71, 73.42),
     "alternating": ("alternating", 63.76, 73.35),
+}
+# What stands above a table of the methods.
+METHODS_HEAD = {
+    "small": "Test perplexity. The paper: 4 layers of 1550, 320 epochs, one seed. Here: layers of "
+    "512 and 256, 15 epochs on PTB, 2 on WT2. Minutes: of one core, the median of the seeds.\n",
+    "paper": "Test perplexity at the paper's size, 320 epochs.\n",
 }
 # What is compared: the first method minus the second.
 COMPARED = (
@@ -122,6 +129,7 @@ def sections(logs):
     for scale in ("small", "paper"):
         ptb = logs[f"methods-{scale}-ptb"]
         if ptb:
+            methods.append(METHODS_HEAD[scale])
             methods.append(methods_table(ptb, logs[f"methods-{scale}-wt2"], scale))
             methods.append(differences_table(ptb))
     found = [
@@ -241,7 +249,10 @@ def lengths_table(rows, keys):
                 continue
             its_rows = list(found[key].values())
             fewer, shares = gains(found, key)
-            line = [T, TEXT[arm], key[3] or "-", len(its_rows)]
+            name = TEXT[arm]
+            if arm == "full" and int(T) > REACH:
+                name = TEXT["twice"]
+            line = [T, name, key[3] or "-", len(its_rows)]
             line.append(spread(numbers(its_rows, "bits"), 3))
             line.append("" if arm == "bptt" else spread(fewer, 3))
             line.append("" if arm in ("bptt", "full") else spread(shares))
@@ -465,13 +476,18 @@ def methods_table(ptb, wt2, scale="small"):
             minutes = f"{statistics.median(numbers(of_ptb, 'seconds')) / 60:.0f}"
         found_ptb = spread(numbers(of_ptb, "test_perplexity")) or "-"
         found_wt2 = spread(numbers(of_wt2, "test_perplexity")) or "-"
-        lines.append([name, paper_ptb, paper_wt2, found_ptb, minutes, found_wt2])
-    here = {
-        "small": ["here, 512 + 256, 15 epochs: PTB", "core minutes", "2 epochs: WT2"],
-        "paper": ["here, 4 × 1550, 320 epochs: PTB", "minutes", "320 epochs: WT2"],
-    }
-    head = ["test perplexity", "paper, 4 × 1550, 320 epochs: PTB", "WT2", *here[scale]]
-    return markdown_table(head, lines)
+        options = f"`{options_of(scale, method)}`"
+        lines.append([name, paper_ptb, paper_wt2, found_ptb, found_wt2, minutes, options])
+    head = ["method", "paper, PTB", "paper, WT2", "here, PTB", "here, WT2", "minutes, PTB"]
+    return markdown_table([*head, "options of train.py"], lines)
+
+
+def options_of(scale, method):
+    """The options of train.py with which a method is trained on PTB, but for its seed."""
+    options = reproduce.arguments(scale, "ptb", method, reproduce.epochs_of(scale, "ptb"))
+    if scale == "small":
+        options = options[2:]  # without --preset small, which is the default
+    return " ".join(map(str, options))
 
 
 def differences(ptb):
