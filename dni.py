@@ -113,7 +113,7 @@ class NeuronDNI(nn.Module):
         x = self.encode(c).to(dtype)[None]  # (1, N, 50): a chunk of one step
         h, memory = self.rnn(x, memory)
         predicted = self.decode(h[0]).to(wide(s[0].dtype))  # (N, 1)
-        return list(predicted.view(B, -1).split(sizes, 1)), memory
+        return list(predicted.view(B, sum(sizes)).split(sizes, 1)), memory
 
 
 class LayerDNI(nn.Module):
@@ -130,7 +130,7 @@ class LayerDNI(nn.Module):
 
     def __init__(self, sizes, hidden_size=50):
         super().__init__()
-        if isinstance(sizes, int):
+        if not hasattr(sizes, "__iter__"):
             raise ValueError(f"sizes: a list, one a layer, please: [{sizes}]")
         self.mlps = nn.ModuleList()
         for size in sizes:
@@ -207,12 +207,17 @@ class Interface:
     borders: through how many borders g's error is backpropagated. With 1 no gradient flows into its
         memory.
     penalty: of states outside [-1, 1], see `excess`; 0 turns it off.
-    Raises ValueError if borders is below 1, or if optimizer holds parameters that are not g's.
+    Raises ValueError if borders is below 1, if optimizer holds parameters that are not g's, or if g
+    is in float16.
 
     You may multiply loss + credit by one factor, as GradScaler does, or by 1/n to accumulate
-    gradients over n chunks. Call learn() after each backward(): it divides the factor out. A factor
-    that is 0 or not finite teaches g nothing. g computes in its own type, and under autocast in
-    bfloat16, but not in float16: no GradScaler holds up its small gradients.
+    gradients over n chunks, but not credit alone (that is what alpha is for). Call learn() after
+    each backward(): it divides the factor out. A factor that is 0 or not finite teaches g nothing.
+    g computes in its own type, and under autocast in bfloat16, but not in float16: no GradScaler
+    holds up its small gradients.
+
+    h_g belongs to these streams in this order, which begin and end together. For another model, a
+    second batch or a validation text make another Interface with the same g and optimizer.
 
     g may be a part of the model. Its parameters have no gradient when learn() has returned, so the
     model's optimiser and its clipping leave them alone. In a function that torch.compile compiles,
@@ -229,11 +234,7 @@ class Interface:
         self.alpha = alpha
         self.borders = borders
         self.penalty = penalty
-        optimized = {p for group in self.optimizer.param_groups for p in group["params"]}
-        if not optimized <= set(g.parameters()):
-            raise ValueError(
-                "optimizer must hold parameters of g alone: learn() clears their gradients"
-            )
+        self.check_g()
         self.reset()
 
     def reset(self):
@@ -248,17 +249,22 @@ class Interface:
         """Ask g about s_k and s_{k+1}. Returns the term to add to the loss.
 
         s: the leaves that the chunk began with, new ones for each chunk: a list of (B, H_l), each
-            requiring a gradient. Where a text begins there is no border: pass None, and g is not
-            asked about it. (You may also pass leaves of zeros. Then g also learns about them.)
+            requiring a gradient. Until learn() leave their gradients as backward() made them. Where
+            a text begins there is no border: pass None. Then g is not asked about it, and h_g is
+            zero. (You may also pass leaves of zeros. Then g also learns about them.)
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
         synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and
-            target_k holds the T true steps alone. (Add the zero, too: learn() reads from it what
-            the loss was multiplied by.)
+            target_k holds the T true steps alone. (Add the zero, too, and call backward() without
+            `inputs`: learn() reads from the zero what the loss was multiplied by.)
 
         Raises ValueError or RuntimeError for a wrong shape, graph or order of calls.
         """
-        self.check(s, s_next, synthetic)
+        self.check_g()
+        self.check(s, s_next, tokens_per_chunk, synthetic)
+        if s is None:  # another text
+            self.memory = None
+            self.past = []
         with no_float16(s_next[0].device):
             predicted = None if s is None else self.predict(s)
             future = self.synthesize(s_next) if synthetic else None  # δ^_{k+1}
@@ -285,21 +291,33 @@ class Interface:
         self.past = self.past[-self.borders :]
         _, memory = self.past[0]  # h_g before the first of them
         for seen, _ in self.past:
-            predicted, memory = self.g(seen, memory)
+            predicted, memory = self.ask(seen, memory)
         self.memory = tuple(m.detach() for m in memory) if memory else None
         return predicted
 
     @torch.no_grad()
     def synthesize(self, s_next):
         """δ^_{k+1}, constants; h_g is left as it is."""
-        predicted, _ = self.g(constants(s_next), self.memory)
+        predicted, _ = self.ask(constants(s_next), self.memory)
         return predicted
+
+    def ask(self, s, memory):
+        """g(s, memory). Raises ValueError where the answer is not what Interface says of a g."""
+        predicted, memory = self.g(s, memory)
+        expected = [tuple(c.shape) for c in s]
+        if torch.is_tensor(predicted) or [tuple(d.shape) for d in predicted] != expected:
+            raise ValueError(f"g must return a list of predictions of the shapes {expected}")
+        if memory is not None:
+            neurons = sum(c.numel() for c in s)
+            if not isinstance(memory, (tuple, list)) or len(memory[0]) != neurons:
+                raise ValueError(f"g's memory: None, or a tuple of tensors, {neurons} rows first")
+        return predicted, memory
 
     def record_loss_scale(self, gradient):
         """backward() calls this with the derivative in credit()'s term: 1 times what the loss was
-        multiplied by.
+        multiplied by. After several backward() it is the sum, and so is s_k.grad.
         """
-        self.loss_scale = gradient
+        self.loss_scale = gradient if self.loss_scale is None else self.loss_scale + gradient
 
     @torch.compiler.disable
     def learn(self):
@@ -335,15 +353,30 @@ class Interface:
         target = [scale * d.to(wide(d.dtype)) for d in gradients]  # target_k
         return regress(self.optimizer, predicted, target)
 
-    def check(self, s, s_next, synthetic):
+    def check_g(self):
+        """Raise where learn() would teach nothing, or the wrong network."""
+        optimized = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if not optimized <= set(self.g.parameters()):
+            raise ValueError(
+                "optimizer must hold parameters of g alone, for learn() clears their gradients. "
+                "(Were weights of g replaced after the optimizer was made?)"
+            )
+        if any(p.dtype == torch.float16 for p in optimized):
+            raise ValueError("g is in float16, in which Adam's epsilon is 0: call g.float()")
+
+    def check(self, s, s_next, tokens_per_chunk, synthetic):
         """Raise where credit() is called out of turn, or with what would silently do nothing."""
         if self.asked is not None:
             raise RuntimeError(
                 "credit() was called twice: call backward() and learn() after it, or reset()"
             )
-        for states in (s_next, [] if s is None else s):
-            if torch.is_tensor(states) or not all(
-                torch.is_tensor(c) and c.dim() == 2 for c in states
+        if not tokens_per_chunk > 0:
+            raise ValueError(f"tokens_per_chunk must be above 0, got {tokens_per_chunk}")
+        for states in (s_next, s_next if s is None else s):
+            if (
+                torch.is_tensor(states)
+                or not states
+                or not all(torch.is_tensor(c) and c.dim() == 2 for c in states)
             ):
                 raise ValueError(
                     "s, s_next: lists of (B, H): a GRU's list(h_n), a QRNN's [c for c, _ in state]"
@@ -355,11 +388,17 @@ class Interface:
                 raise ValueError(
                     "s must be leaves: begin the chunk with c.detach().requires_grad_()"
                 )
+            if any(c.grad is not None for c in s):
+                raise ValueError(
+                    "s has a gradient already: begin each chunk with new leaves, "
+                    "c.detach().requires_grad_()"
+                )
             if shapes[0] != shapes[1]:
                 raise ValueError(f"s and s_next must have the same shapes, got {shapes}")
         if synthetic and not all(c.requires_grad for c in s_next):
             raise ValueError(
-                "s_next has no graph: call credit() before detaching it, not under no_grad"
+                "s_next has no graph: call credit() before detaching it, not under no_grad. If "
+                "nothing in this chunk learns, pass synthetic=False"
             )
         if self.memory and len(self.memory[0]) != neurons:
             raise ValueError(
@@ -379,7 +418,8 @@ class Asked(NamedTuple):
 def regress(optimizer, predicted, target):
     """One step of φ towards the targets: the mean of (δ^ - target)² over all neurons (2.2).
 
-    optimizer: g's. No other parameter gets a gradient, and its own have none afterwards.
+    optimizer: g's. No other parameter gets a gradient, and its own have none afterwards. If all of
+        them are frozen, nothing is taught.
     predicted: δ^_k with its graph, a list of (B, H_l).
     target: target_k, a list of the same shapes. What is not finite in it teaches nothing.
     Returns the mean squared error before the step, a tensor. An error that is not finite counts as
@@ -392,9 +432,10 @@ def regress(optimizer, predicted, target):
     error = F.mse_loss(guess, truth)
     phi = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
-    error.backward(inputs=phi)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if phi:
+        error.backward(inputs=phi)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return error.detach().where(finite.any(), torch.nan)
 
 
@@ -493,10 +534,12 @@ def true_gradients(chunks, tokens_per_chunk):
     s_k is a leaf that chunk k alone reads. So δ_k holds the losses after border k and no other,
     even where the state is also an output of the chunk before, as in a cell that is called in a
     loop. Where a chunk did not read a state, the gradient of that state is zero.
-    Raises ValueError if a chunk read none of its s.
+    Raises ValueError if s are no leaves, or if a chunk read none of them.
     """
     found = []
     for s, s_next, loss in reversed(chunks[1:]):
+        if not all(c.is_leaf for c in s):
+            raise ValueError("s must be the leaves that the chunk read, as in Interface")
         future = tokens_per_chunk * loss
         if found:
             future = future + dot(found[0], s_next)
@@ -547,9 +590,10 @@ def crossing(g, chunks, tokens_per_chunk, parameters, alpha):
     gradient of Σ_k L_k in one graph of all chunks (with x_prev cut). A g that is always right, with
     α = 1, injects what was lost.
 
-    parameters: θ, a list of tensors that require a gradient.
+    parameters: θ, tensors that require a gradient.
     Returns truncated, lost and injected, a vector each.
     """
+    parameters = list(parameters)
     predicted, _ = predictions(g, chunks)
     truth = true_gradients(chunks, tokens_per_chunk)
     truncated = gradient_of(sum(loss for _, _, loss in chunks), parameters)

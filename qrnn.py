@@ -134,13 +134,18 @@ def pool(f, z, c0):
 
     If T is 1, autograd does all: there is no loop. If T is larger there is no second derivative,
     and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those.
-    Raises ValueError for other shapes and for several devices, RuntimeError in the backward pass if
-    T > 1 and a second derivative is asked for.
+    Raises ValueError for other shapes, for complex numbers, and for several types or devices.
+    Raises RuntimeError in the backward pass if T > 1 and a second derivative is asked for.
     """
     one_device = f.device == z.device == c0.device
-    if f.shape != z.shape or f.shape[1:] != c0.shape or not one_device:
-        found = [(tuple(x.shape), str(x.device)) for x in (f, z, c0)]
-        raise ValueError(f"expected f and z (T, B, H), c0 (B, H) on one device, got {found}")
+    one_type = f.dtype == z.dtype == c0.dtype and not f.is_complex()
+    right_shapes = f.shape == z.shape and f.shape[1:] == c0.shape and f.shape[0] > 0
+    if not (one_device and one_type and right_shapes):
+        found = [(tuple(x.shape), x.dtype, str(x.device)) for x in (f, z, c0)]
+        raise ValueError(
+            "expected f and z (T >= 1, B, H), c0 (B, H) of one real type on one device, "
+            f"got {found}"
+        )
     if f.shape[0] == 1:
         c = f * c0 + (1 - f) * z
         return c, c[0].clone()
@@ -225,7 +230,7 @@ class QRNNLayer(nn.Module):
         if self.window > 1:
             inputs = torch.cat([x_prev, x])  # (window - 1 + T, B, I)
             windows = torch.cat([inputs[i : i + T] for i in range(self.window)], -1)
-            x_prev = inputs[T:]  # the last window - 1 of them
+            x_prev = inputs[T:].clone()  # the last window - 1 of them, without the others' memory
 
         weight = F.dropout(self.weight, self.weight_dropout, self.training)
         gates = F.linear(windows, weight, self.bias)  # (T, B, 3H)
@@ -266,6 +271,8 @@ class QRNN(nn.Module):
         state = [(c.detach(), x_prev.detach()) for c, x_prev in state]
 
     `module.compile(dynamic=True)` runs the same code in torch.compile's form, usually faster.
+    The recurrence has the type of x. Under autocast give x in float32: in bfloat16 a state that is
+    kept for many steps loses digits.
 
     input_size: I.
     hidden_size: H of each of num_layers layers. Or a list with one size a layer, and then
@@ -308,13 +315,15 @@ class QRNN(nn.Module):
         """x: (T, B, I), or (B, T, I) with batch_first.
         state: [(c, x_prev)], one pair a layer, or None for zeros.
         Returns (output, state): the last layer's h for every step, and the state for the next call.
-        Raises ValueError for another shape or device, TypeError for a PackedSequence.
+        Raises ValueError for another shape or device, TypeError where x is no tensor.
         """
-        if not torch.is_tensor(x):
+        if isinstance(x, nn.utils.rnn.PackedSequence):
             raise TypeError(
-                f"x is a {type(x).__name__}: for sequences of different lengths pad x on the right "
-                "(nn.utils.rnn.pad_sequence), which changes no output before the padding"
+                "x is a PackedSequence: pad it on the right (nn.utils.rnn.pad_sequence). This "
+                "changes no output before the padding; the state returned is that after it"
             )
+        if not torch.is_tensor(x):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if self.batch_first:
             expected = self.layers[0].input_size
             if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != expected:

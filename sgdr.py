@@ -74,15 +74,15 @@ class SGDR(LRScheduler):
 
     base, mult: as in `run_at`. With base = math.inf there is one run without end, whose rate stays
         at eta_max.
-    eta_min: a number for all runs, or a sequence with one number a run, whose last serves all later
-        runs.
-    eta_max: likewise. None takes each parameter group's own learning rate. No check asks whether it
-        is above eta_min.
+    eta_min: a number, 0 or more, for all runs, or a sequence with one number a run, whose last
+        serves all later runs. All parameter groups get the same.
+    eta_max: likewise. None takes each parameter group's own learning rate (its `initial_lr`, if a
+        scheduler was there before). No check asks whether it is above eta_min.
     last_epoch: as in PyTorch's schedulers.
     Numbers may be those of numpy or torch. They are kept as floats, so that torch.load's default
     reads a checkpoint of the state_dict.
-    Raises ValueError for base and mult out of their range, and for bounds that are not finite
-    numbers, one or one a run.
+    Raises ValueError for base and mult out of their range, and for bounds that are negative or not
+    finite.
 
     step(epoch) sets the clock. To follow the cosine within an epoch, call
 
@@ -110,7 +110,7 @@ class SGDR(LRScheduler):
 
     @property
     def run(self):
-        """The Run of the last step."""
+        """The Run of the last step. (Within a SequentialLR there is none before SGDR's turn.)"""
         return run_at(self.last_epoch, self.base, self.mult)
 
     def get_lr(self):
@@ -153,8 +153,11 @@ class SGDR(LRScheduler):
 def floats(name, bound):
     """A bound as a float, or as a list of floats with one a run. `name` is for the error."""
     numbers = torch.as_tensor(bound, dtype=torch.float64, device="cpu")
-    if numbers.dim() > 1 or numbers.numel() == 0 or not numbers.isfinite().all():
-        raise ValueError(f"{name}: a finite number, or one for each run, please; got {bound}")
+    right = (numbers >= 0) & numbers.isfinite()
+    if numbers.dim() > 1 or numbers.numel() == 0 or not right.all():
+        raise ValueError(
+            f"{name}: a finite number, 0 or more, or one for each run, please; got {bound}"
+        )
     return numbers.tolist()
 
 
