@@ -189,6 +189,9 @@ def check_controls():
     # After 50 updates g predicts something. Then three steps from the same place.
     case = dict(arm="linear", pattern="SSS", T=2, rate=1e-3, peak=4e-3, seed=0)
     training = Training(case, vocabulary_size=50)
+    for arm in DISTURB:
+        g = Training({**case, "arm": arm}, vocabulary_size=50).dni.g
+        assert str(g) == str(training.dni.g)
     tokens = torch.randint(50, (51 * 2, text.B))
     for n in range(50):
         chunk = tokens[2 * n : 2 * n + 2]
@@ -217,6 +220,8 @@ class Training:
     def __init__(self, case, vocabulary_size):
         self.case = dict(case)
         settings = {**case, "alpha": 1.0}
+        if case["arm"] in DISTURB:
+            settings["arm"] = "linear"
         self.model, self.optimizer, self.dni = text.build(settings, vocabulary_size)
         self.schedule = SGDR(self.optimizer, base=BASE[case["T"]], eta_max=case["peak"])
         self.generator = torch.Generator().manual_seed(case["seed"])

@@ -64,10 +64,13 @@ def build(case, vocabulary_size):
         g = LayerDNI([HIDDEN], 0)  # 0: no hidden layer
     elif arm == "mlp":
         g = LayerDNI([HIDDEN], HIDDEN)
-    else:
+    elif arm == "neuron":
         g = NeuronDNI()
-        if arm == "neuron4":
-            borders = 4
+    elif arm == "neuron4":
+        g = NeuronDNI()
+        borders = 4
+    else:
+        raise ValueError(f"no arm of text.py: {arm}")
     g_optimizer = torch.optim.Adam(g.parameters(), case["rate"], fused=True)
     return model, optimizer, Interface(g, g_optimizer, case["alpha"], borders)
 
