@@ -34,6 +34,7 @@ LOGS = (
     "search",
     "methods-small-ptb",
     "methods-small-wt2",
+    "methods-small-ptb-e-base",
     "methods-paper-ptb",
     "methods-paper-wt2",
 )
@@ -151,6 +152,7 @@ def sections(logs):
         ("Which rate suits which method? `reproduce.py --search`", search_table(logs["search"])),
         ("The paper's methods. `reproduce.py`", "\n".join(methods)),
     ]
+    found.append(("And with E_base = 1? `reproduce.py --e-base 1`", e_base_table(logs)))
     for path in [study.LOGS / "speed.txt", *sorted(study.LOGS.glob("gpu/*.txt"))]:
         found.append((f"How fast? {path.relative_to(study.LOGS)}", path.read_text()))
     return [(title, body) for title, body in found if body]
@@ -520,6 +522,26 @@ def differences_table(ptb):
         lines.append([what, paper, interval(ours, 2) or "-", len(ours)])
     head = ["difference, PTB", "paper, one seed", "here, mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
+
+
+def e_base_table(logs):
+    """Methods with a restart, with the usual E_base and with another; "" where there is none."""
+    others = logs["methods-small-ptb-e-base"]
+    if not others:
+        return ""
+    usual = last_epochs(logs["methods-small-ptb"])
+    lines = []
+    for (method, e_base), its_rows in groups(others, "method", "e_base").items():
+        last = list(last_epochs(its_rows).values())
+        beside = [usual[method, row["seed"]] for row in last if (method, row["seed"]) in usual]
+        name, *_ = PAPER[method]
+        cells = [name, f"{float(e_base):g}", len(last)]
+        for column in ("valid_perplexity", "test_perplexity"):
+            cells.append(spread(numbers(last, column)))
+            cells.append(spread(numbers(beside, column)))
+        lines.append(cells)
+    head = ["method", "E_base", "seeds", "validation", "with E_base = 5", "test", "with E_base = 5"]
+    return "Perplexity on PTB after 15 epochs.\n\n" + markdown_table(head, lines)
 
 
 def last_epochs(rows):

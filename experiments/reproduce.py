@@ -4,6 +4,7 @@
     python experiments/reproduce.py --data wt2 --seeds 42    WT2, 2 epochs: 3 hours
     python experiments/reproduce.py --scale paper            the paper's configuration, for a GPU
     python experiments/reproduce.py --search                 which learning rate suits which method?
+    python experiments/reproduce.py --e-base 1               three restarts in 15 epochs, not one
 
 At scale small, a training on PTB is `python train.py --mode MODE --data ptb --compile` and no more.
 With another number of epochs, the restarts, and the epoch in which a DNI is first used, come at the
@@ -92,8 +93,8 @@ def arguments(scale, data, method, epochs):
 def one(scale, case):
     """Run train.py, or resume it where its folder exists. Returns the rows of its log.csv.
 
-    case: {"data", "method", "seed"}; a case of the search has "epochs" and "lr" too. Each row ends
-        with the test perplexity, the same in all.
+    case: {"data", "method", "seed"}; a case of the search has "epochs" and "lr" too, a case of
+        --e-base has "e_base". Each row ends with the test perplexity, the same in all.
 
     Exits with a message where train.py fails.
     """
@@ -104,6 +105,8 @@ def one(scale, case):
     command += arguments(scale, data, case["method"], epochs)
     if "lr" in case:
         command += ["--lr", case["lr"]]
+    if "e_base" in case:
+        command += ["--e-base", case["e_base"]]
     command += ["--seed", case["seed"], "--compile", "--resume", folder]
     process = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     if process.returncode != 0:
@@ -124,6 +127,7 @@ def main():
     parser.add_argument(
         "--seeds", nargs="+", type=int, help="42 43 44 at scale small, 42 at scale paper"
     )
+    parser.add_argument("--e-base", type=float, help="of the three methods with a restart")
     args = parser.parse_args()
     if args.search:
         cases = [
@@ -143,6 +147,12 @@ def main():
         dict(data=args.data, method=method, seed=seed) for seed in seeds for method in args.methods
     ]
     log = study.LOGS / f"methods-{args.scale}-{args.data}.csv"
+    if args.e_base:
+        with_restart = ("restart", "dni-restart", "alternating")
+        cases = [
+            {**case, "e_base": args.e_base} for case in cases if case["method"] in with_restart
+        ]
+        log = log.with_stem(f"{log.stem}-e-base")
     study.do_cases(log, functools.partial(one, args.scale), cases)
 
 
