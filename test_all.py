@@ -32,6 +32,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 from pathlib import Path
@@ -1230,8 +1231,9 @@ def test_without_s_another_text_begins(borders):
         if reset:
             dni.reset()
         read_once(dni, None, s_next=[c.clone() for c in h])
-        read_once(dni, [c.detach().requires_grad_() for c in h])
-        gradients.append(h[0].grad)
+        s = [c.detach().requires_grad_() for c in h]
+        read_once(dni, s)
+        gradients.append(torch.stack([h[0].grad, s[0].grad]))
         h[0].grad = None
     assert torch.equal(*gradients)
 
@@ -4210,41 +4212,49 @@ def test_each_file_runs_alone(script, tmp_path):
         assert "\n".join(ended.stdout.split("\n")[:5]) in README.replace("\n    ", "\n")
 
 
-@pytest.mark.parametrize(
-    "snippet",
-    [
-        pytest.param(snippet, marks=[SLOW] if "episodes" in snippet else [])
-        for snippet in re.findall(r"```python\n(.*?)```", README, re.S)
-    ],
-)
-def test_readme_snippets_run(snippet, capsys, corpus, tmp_path, monkeypatch):
-    """Each runs as it stands, but for the words of the text, and prints what its comments say.
+def snippets():
+    """The programs in README.md and experiments/using-g.md. One takes long."""
+    found = []
+    for path in (HERE / "README.md", study.HERE / "using-g.md"):
+        for indented in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            program = textwrap.dedent(indented)
+            takes_long = [SLOW] if "right_answers" in program else []
+            found.append(pytest.param(program, marks=takes_long))
+    return found
 
-    The one that prints nothing scores a text and continues it as one does who reads all of the text
-    again for each word.
+
+@pytest.mark.parametrize("program", snippets())
+def test_the_programs_of_the_readmes_run(program, capsys, corpus, tmp_path, monkeypatch):
+    """Each runs as it stands, but for the words of a text, and prints what its comments say.
+
+    The one that continues a text does it as one does who reads all of the text again for each word.
     """
-    succeed("--data", corpus, *TINY, "--epochs", 1, "--out", tmp_path / "trainings" / "mine")
     monkeypatch.chdir(tmp_path)
     names = {}
-    snippet = snippet.replace("the state of the", "w1 w2 w3")
-    exec(compile(snippet, "README.md", "exec"), names)
-    printed = capsys.readouterr().out.split("\n")[:-1]
-    assert printed == re.findall(r"^print.*?  # (.*)$", snippet, re.M)
-    if "checkpoint" in names:
-        model, vocabulary = best_model(tmp_path / "trainings" / "mine")
-        text = [vocabulary.index(word) for word in ("w1", "w2", "w3")]
-        logits, _ = model.eval().logits(torch.tensor(text)[:, None])
-        log_p = logits[:, 0].log_softmax(-1)
-        expected = -(log_p[0, text[1]] + log_p[1, text[2]]) / 2
-        assert names["nll"].item() == pytest.approx(expected.item())
-        for _ in range(20):
-            logits, _ = model.logits(torch.tensor(text)[:, None])
-            text.append(logits[-1, 0].argmax().item())
-        assert names["text"] == text
+    if "checkpoint" not in program:
+        exec(compile(program, "README.md", "exec"), names)
+        printed = capsys.readouterr().out.split("\n")[:-1]
+        assert printed == re.findall(r"^print.*?  # (.*)$", program, re.M) != []
+        return
+
+    succeed("--data", corpus, *TINY, "--epochs", 1, "--out", tmp_path / "trainings" / "mine")
+    capsys.readouterr()
+    exec(compile(program.replace("the value of", "w1 w2 w3"), "using-g.md", "exec"), names)
+    model, vocabulary = best_model(tmp_path / "trainings" / "mine")
+    text = [vocabulary.index(word) for word in ("w1", "w2", "w3")]
+    logits, _ = model.eval().logits(torch.tensor(text)[:, None])
+    log_p = logits[:, 0].log_softmax(-1)
+    expected = -(log_p[0, text[1]] + log_p[1, text[2]]) / 2
+    assert names["nll"].item() == pytest.approx(expected.item())
+    for _ in range(20):
+        logits, _ = model.logits(torch.tensor(text)[:, None])
+        text.append(logits[-1, 0].argmax().item())
+    assert capsys.readouterr().out == " ".join(vocabulary[i] for i in text) + "\n"
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "experiments/README.md", "experiments/logs/README.md"]
+    "path",
+    ["README.md", "experiments/README.md", "experiments/using-g.md", "experiments/logs/README.md"],
 )
 def test_commands_and_links_of_the_readmes(path):
     """Each train.py command is one that train.py understands, and each link leads somewhere."""
@@ -4386,6 +4396,7 @@ def test_sums_over_windows_are_one_text():
     """
     model, _, parameters = plain_losses()
     g = lively(NeuronDNI().double())
+    g.encode[0].weight.data *= 50  # so that its answer differs from stream to stream
     inputs, targets = torch.randint(11, (2, 20, 2))
     texts = list(injected.windows(inputs, targets, 8, 3, 3))
     assert [begins for _, _, begins in texts] == [True, False, True]
@@ -4429,20 +4440,24 @@ def test_sums_over_windows_are_one_text():
 def test_results_are_what_the_logs_say():
     """results.md and README's tables are what report.py makes of the logs, to the letter.
 
-    The numbers in the prose of experiments/README.md are in results.md.
+    The numbers in the prose of experiments/README.md and using-g.md, and in what README says was
+    found, are in a table of results.md, in the log of the main job or in that of the exercises.
     """
     logs = {name: study.read_log(study.LOGS / f"{name}.csv") for name in report.LOGS}
     results = report.results(logs)
     assert (study.HERE / "results.md").read_text(encoding="utf-8") == results
     assert report.with_tables(README, logs) == README
     assert README.count("written by experiments/report.py -->") == 2
-    prose = re.sub(
-        r"```.*?```", "", (study.HERE / "README.md").read_text(encoding="utf-8"), flags=re.S
-    )
-    cells = re.findall(
-        r"[\d.]+", "\n".join(line for line in results.split("\n") if line.startswith("|"))
-    )
-    found = re.findall(r"\d+\.\d+|\d+/\d+", prose)
+    _, found_here = README.split("## What was found")
+    found_here, _ = found_here.split("## Use g in your own program")
+    texts = [found_here]
+    for name in ("README.md", "using-g.md"):
+        texts.append((study.HERE / name).read_text(encoding="utf-8"))
+    prose = re.sub(r"```.*?```|<!-- table.*?<!-- end -->", "", "\n".join(texts), flags=re.S)
+    tables = [line for line in results.split("\n") if line.startswith("|")]
+    logged = [(study.LOGS / f"{name}.txt").read_text() for name in ("main-job", "exercises")]
+    cells = re.findall(r"[\d.,]*\d", "\n".join([*tables, *logged]))
+    found = re.findall(r"[\d,]*\d\.\d+|\d+/\d+", prose)
     assert len(found) > 30 and {x for number in found for x in number.split("/")} <= set(cells)
 
 
