@@ -149,7 +149,7 @@ def read_lines(path):
 
     Raises UserError where there are none, and for lines that already end in <eos>. With a second
     <eos> after the first, one word of each line costs nothing, and the perplexity comes out far too
-    low. A user who reads a note after hours of training would have to train again.
+    low. (A note could be seen too late, after hours of training. So this is an error.)
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # without the byte order mark of some editors
@@ -175,8 +175,8 @@ def pydoc():
     """The language reference inside every CPython, in lower case.
 
     Words that train has only once are <unk>.
-    Each topic goes to the split furthest below its share. Splits share no paragraph. The text
-    varies with the version of Python, and so does every perplexity.
+    Each topic goes to the split that is furthest below its share so far. Splits share no paragraph.
+    The text varies with the version of Python, and so does every perplexity.
     """
     from pydoc_data.topics import topics
 
@@ -210,9 +210,9 @@ def make_recall(delay=80, symbols=4, fillers=8, count=2000, seed=0):
 
         S2 f5 f1 f7 f0 f3 f3 | f6 f2 f4 ? S2       delay 9, and a border | between chunks of T = 10
 
-    No model can do better than log(symbols) for the symbol and log(fillers) for each filler: the
-    floor. The query costs nothing, for its place is known. A model that forgets the symbol pays
-    log(symbols) once more, for the answer.
+    No model can do better than log(symbols) for the symbol and log(fillers) for each filler. This
+    is the floor. The query costs nothing, for its place is known. A model that forgets the symbol
+    pays log(symbols) once more, for the answer.
 
     delay, symbols, fillers: as above.
     count: episodes of the training text; valid and test have a tenth of it each.
@@ -248,7 +248,8 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     the model all of these places.
     """
     period = delay + 3
-    length = steps + (1 - steps) % period  # one step more than whole episodes
+    # One step more than whole episodes, so that the next stream is one step further in its own.
+    length = steps + (1 - steps) % period
     count = batch_size * length // period + 10
     text = make_recall(delay, symbols, fillers, count, seed).train
     inputs, targets = streams(text[: batch_size * length + 1], batch_size)

@@ -3,7 +3,7 @@
 Text is read in chunks of T steps. Truncated backpropagation cuts the graph at every border between
 two chunks. So the state that crosses a border gets no gradient from the chunks after it. A DNI adds
 a second network, g. It looks at the state at a border and predicts the missing gradient. This file
-has two networks g, and the class Interface, which asks g for predictions and teaches it. (In the
+has two kinds of g, and the class Interface, which asks g for predictions and teaches it. (In the
 other files a variable `g` is such a network, and `dni` is an Interface.)
 
 Papers
@@ -11,13 +11,13 @@ Papers
                  arXiv 1608.05343
     Neuron-wise  Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language
                  Modeling", sections 2.1 (Eq. 1) and 2.2; departures: experiments/departures.md.
-                 In brackets below, a number without a name is a section of this paper
+                 In brackets below, a number without a name is a section of Shang & Zhang
 
 Glossary
     name       symbol    shape        meaning
     s          s_k       [(B, H_l)]   the state at border k, where chunk k begins: the tensors that
-                                      get a gradient from later chunks. Of a QRNN the c of each
-                                      layer l, of a GRU its h, of an LSTM its h and c
+                                      would get a gradient from later chunks. Of a QRNN the c of
+                                      each layer l, of a GRU its h, of an LSTM its h and c
     s_next     s_{k+1}   as s         the state at border k + 1, where chunk k ends
     N          N         -            how many numbers are in s_k, B * sum of H_l
     -          δ_k       as s         the gradient of s_k from all that follows
@@ -27,12 +27,12 @@ Glossary
     memory     h_g       (N, 50)      g's own recurrent state; `memory` is a tuple with h_g first
     alpha      α         -            a factor on δ^_{k+1} wherever it is used
     synthetic  -         -            a chunk that uses α δ^_{k+1}. In a real chunk it is not used:
-                                      read it as 0 in the two lines that contain it
+                                      read it as 0 in D_k and in target_k below
 
 The bootstrap. L_k is the loss of chunk k, a mean over its T B tokens. R_k is the summed loss of
-chunk k and of all later chunks, R_k = T B L_k + R_{k+1}, and δ_k = dR_k/ds_k. All chunks use θ. Let
-dR_k/dθ be the derivative in the θ that chunk k uses. (Later chunks use θ again. Their shares are
-counted when they are read, and all shares together are the full gradient.) Chunk k acts on later
+chunk k and of all later chunks, R_k = T B L_k + R_{k+1}, and δ_k = dR_k/ds_k. All chunks use θ.
+Think of a copy θ_k for each chunk, and let dR_k/dθ mean dR_k/dθ_k. (Later chunks use copies of
+their own. The derivatives of all copies together are the full gradient.) Chunk k acts on later
 losses through s_{k+1}. So, by the chain rule,
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}
@@ -107,8 +107,7 @@ class NeuronDNI(nn.Module):
         dtype = self.rnn.weight.dtype  # it may be another than the model's
         B = s[0].shape[0]
         sizes = [c.shape[1] for c in s]
-        # One row a neuron, stream after stream. (Only here: `flatten` below goes layer after
-        # layer.)
+        # One row a neuron: all layers of the first stream, then those of the second, and so on.
         c = torch.cat(s, 1).view(-1, 1).to(dtype)  # (N, 1)
         x = self.encode(c).to(dtype)[None]  # (1, N, 50): a chunk of one step
         h, memory = self.rnn(x, memory)
@@ -171,7 +170,7 @@ def begin_at_zero(linear):
 # only), and by the chunk that begins there, for one to correct. Both questions are put by credit(),
 # when a chunk has been read. In chunk k, between the borders k and k + 1, in this order:
 #
-#     credit()    asks g for δ^_k = g(s_k), with a graph for φ, for learn() to use. h_g moves on.
+#     credit()    asks g for δ^_k = g(s_k), and keeps its graph for learn(). h_g moves on.
 #                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, to
 #                 inject.
 #     backward()  leaves target_k / (T B) in s_k.grad. It does not touch φ.
@@ -185,10 +184,10 @@ def begin_at_zero(linear):
 # backward pass computes D_k and target_k, both divided by T B. In a real chunk the term is zero. g
 # is asked for δ^_k and learns, and nothing is injected.
 #
-# Why T B? The loss L_k is a mean, and g is taught the gradient of the summed loss. That of the mean
-# is T B times smaller. g's own gradients could then fall below Adam's epsilon, 1e-8, and g would
-# hardly learn. Also, streams do not touch one another. So a summed loss gives each stream the
-# gradient of its own losses, and how large that is does not depend on B.
+# Why T B? The loss L_k is a mean, and g is taught the gradient of the summed loss. The gradient of
+# the mean is T B times smaller. If g were taught that one, its own gradients could fall below
+# Adam's epsilon, 1e-8, and g would hardly learn. Also, streams do not touch one another. So a
+# summed loss gives each stream the gradient of its own losses, whose size does not depend on B.
 
 
 class Interface:
@@ -203,9 +202,10 @@ class Interface:
         predictions, a list like s, and its memory: None, or a tuple of tensors, the first with N
         rows.
     optimizer: of g's parameters alone; None stands for Adam at 1e-4.
-    alpha: α. Below 1, g's errors shrink on their way back. The paper has none, which is 1.
+    alpha: α. Below 1, what g predicts wrongly shrinks at each border that it is carried back
+        through. The paper has no such factor, which is α = 1.
     borders: through how many borders g's error is backpropagated. With 1 no gradient flows into its
-        memory.
+        memory, so nothing teaches g what to keep there.
     penalty: of states outside [-1, 1], see `excess`; 0 turns it off.
     Raises ValueError if borders is below 1, if optimizer holds parameters that are not g's, or if g
     is in float16.
@@ -216,8 +216,9 @@ class Interface:
     g computes in its own type, and under autocast in bfloat16, but not in float16: no GradScaler
     holds up its small gradients.
 
-    h_g belongs to these streams in this order, which begin and end together. For another model, a
-    second batch or a validation text make another Interface with the same g and optimizer.
+    h_g has a row for each neuron of each stream, so the streams must stay in their order, and begin
+    and end together. For another model, a second batch or a validation text make another Interface
+    with the same g and optimizer.
 
     g may be a part of the model. Its parameters have no gradient when learn() has returned, so the
     model's optimiser and its clipping leave them alone. In a function that torch.compile compiles,
@@ -314,8 +315,10 @@ class Interface:
         return predicted, memory
 
     def record_loss_scale(self, gradient):
-        """backward() calls this with the derivative in credit()'s term: 1 times what the loss was
-        multiplied by. After several backward() it is the sum, and so is s_k.grad.
+        """backward() calls this with the factor that loss + credit was multiplied by.
+
+        It is the derivative of what backward() was called on, with respect to credit()'s term.
+        After several backward() it is their sum, and so is s_k.grad.
         """
         self.loss_scale = gradient if self.loss_scale is None else self.loss_scale + gradient
 
@@ -443,7 +446,7 @@ def excess(c):
     """By how much a state is outside [-1, 1], with its sign: 0 within. c, result: (B, H).
 
     It is the gradient of ½ (|c| - 1)² where |c| > 1, a penalty for each neuron and border. In
-    synthetic chunks `penalty` times it is added to α δ^_{k+1}, and so is part of target_k
+    synthetic chunks penalty * excess(c) is added to α δ^_{k+1}, and so is part of target_k
     (departure 23).
 
     Why a penalty? An LSTM's c has no bound. Where g pushes c outwards, g sees a larger c at the
@@ -483,8 +486,8 @@ def no_float16(device):
 
 # --------------------------------------------------------------------------- what can g know?
 #
-# From the state alone g can predict something of the log loss only while the model's probabilities
-# are wrong. Here is why.
+# From the state alone g can predict something of the gradient of the log loss only while the
+# model's probabilities are wrong. Here is why.
 #
 # Let the model, in state s, give the probability P_s(x) to a sequence x, all the words that follow.
 # The loss to come is then -log P_s(x). Suppose that the model is calibrated: given s, sequences do

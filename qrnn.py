@@ -3,8 +3,8 @@
 An LSTM multiplies its previous output by a matrix at every step, so no step can begin before the
 previous one has ended. In a QRNN no matrix acts on the previous output or state. Its gates are
 computed from the inputs alone, so one matrix product serves all steps at once. What is left of the
-recurrence multiplies each neuron's last value by one number of its own, f_t * c_{t-1}. That is why
-the network is called quasi-recurrent.
+recurrence multiplies each neuron's last value c_{t-1} by the neuron's own gate f_t, a number. That
+is why the network is called quasi-recurrent.
 
 Papers
     QRNN     Bradbury, Merity, Xiong, Socher 2016, "Quasi-Recurrent Neural Networks",
@@ -20,10 +20,11 @@ Glossary
     o          o_t      (T, B, H)      output gate
     c          c_t      (T, B, H)      recurrent state: the values of a layer's H neurons
     h          h_t      (T, B, H)      output of a layer
-    window     k        -              how many inputs each gate sees: x_t and the k - 1 before it.
-                                       The QRNN paper: a masked convolution in time, of width k
+    window     -        -              how many inputs each gate sees, x_t and those just before it.
+                                       The QRNN paper: the width k of a masked convolution in time
     state      -        [(c, x_prev)]  what crosses from one chunk of text to the next, one pair a
-                                       layer: c (B, H), and x_prev (k - 1, B, I), its last inputs
+                                       layer: c (B, H), and x_prev (window - 1, B, I), its last
+                                       inputs
 
 Not here: bidirectional layers, the QRNN's encoder-decoder attention, convolution over more than
 time.
@@ -85,8 +86,9 @@ class Pool(torch.autograd.Function):
     def forward(ctx, f, z, c0):
         c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
-        # c_T is returned once more, as a tensor of its own. So G_next arrives apart from G, as
-        # zeros if nobody used this c_T.
+        # Two outputs hold c_T: the last step of the first, and the second. So autograd gives
+        # backward() two gradients of c_T: G_T from later layers, G_next from the next chunk. (That
+        # of an output which nobody used is zero.)
         return c[1:], c[-1].clone()
 
     @staticmethod
@@ -240,8 +242,8 @@ class QRNNLayer(nn.Module):
         f = torch.sigmoid(f)
         o = torch.sigmoid(o)
         if self.zoneout > 0:
-            # Dropout makes some of 1 - f zero and divides the rest by 1 - zoneout. The factor
-            # undoes the division.
+            # Dropout makes some of 1 - f zero and the others (1 - f) / (1 - zoneout). The factor
+            # 1 - zoneout brings them back to 1 - f.
             f = 1 - (1 - self.zoneout) * F.dropout(1 - f, self.zoneout, self.training)
         c, c_T = pool(f, z, c0)
         return o * c, (c_T, x_prev)

@@ -1,8 +1,9 @@
 """SGDR: a learning rate that falls along a cosine and restarts warm, in runs of growing length.
 
-With a high rate the weights move far. With a low one they settle near a minimum of the loss. A run
-begins with the one and ends with the other. A restart is warm: it raises the rate again and keeps
-the weights. So training may leave the minimum that it has found, and look for another from there.
+With a high rate the weights move far. With a low one they settle near a minimum of the loss. The
+time from one restart to the next is called a run. In each run the rate falls from high to low. A
+restart is warm: it raises the rate again and keeps the weights. So training may leave the minimum
+that it has found, and look for another from there.
 
 Papers
     SGDR         Loshchilov, Hutter 2016, "SGDR: Stochastic Gradient Descent with Warm Restarts",
@@ -89,7 +90,7 @@ class SGDR(LRScheduler):
         schedule.step(epoch + batch / batches)
 
     before each batch. step() adds 1 to the clock. If it is called once a batch (by Lightning with
-    interval="step", say), the clock and base count batches.
+    interval="step", say), the clock and base are in batches.
 
     With one eta_max and one eta_min for all runs, and mult 1 or 2, the rates equal those of
     torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit (to rounding, where step()
@@ -97,7 +98,8 @@ class SGDR(LRScheduler):
 
     To resume, make SGDR first. Then load the optimiser's state_dict, and SGDR's.
 
-    `run.index` tells which run it is. An alternation of gradients decides by it.
+    `run.index` tells which run it is. train.py takes real gradients in even runs and synthetic ones
+    in odd runs.
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, last_epoch=-1):

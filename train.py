@@ -1,9 +1,9 @@
 """Train the QRNN language model with real gradients, synthetic gradients, or both in turn.
 
 Paper: Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling".
-Numbers in brackets are its sections, or those of AWD (arXiv 1708.02182) and DNI (1608.05343). The
-"authors' code" was published with the paper. Departures from both have the numbers of
-experiments/departures.md.
+Numbers in brackets are its sections; with a name before them those of AWD (arXiv 1708.02182) or of
+DNI (1608.05343). The "authors' code" was published with the paper. Departures from both have the
+numbers of experiments/departures.md.
 
 Why alternate? The paper cites a finding of others: models that were trained with synthetic
 gradients represent a text differently from models that were trained with real ones. The authors
@@ -13,7 +13,8 @@ better one (1, 2.3). Two things depend on the mode:
 
     mode           what a chunk learns from the chunks after it             learning rate
     bptt           nothing: truncated backpropagation through time          constant
-    dni            a synthetic gradient at its last state, after a warm-up  constant
+    dni            a synthetic gradient at its last state, from the second  constant
+                   epoch on (in the first, g only learns)
     restart        nothing; with --gradient synthetic, as in mode dni       SGDR
     alternating    nothing in even runs, synthetic gradients in odd runs    SGDR: a restart at each
                                                                             change
@@ -178,7 +179,7 @@ def train_epoch(
     These are the perplexity of all chunks, and run, gradient and learning rate at the end.
 
     text: inputs and targets, (L, B) each.
-    epoch: how many are done.
+    epoch: how many are finished.
     Raises FloatingPointError for a loss that is not finite: on a CPU at once, elsewhere at the end.
     """
     # The random numbers of an epoch depend on seed and epoch alone. So a training can be resumed.
@@ -197,7 +198,8 @@ def train_epoch(
         run = schedule.run.index
         [rate] = schedule.get_last_lr()
         if settings.jitter:
-            # A shorter chunk gets a lower rate (AWD 4.1), until the schedule sets it for the next.
+            # A shorter chunk gets a lower rate (AWD 4.1). At the next chunk the schedule sets it
+            # anew.
             share = (stop - start) / settings.chunk
             optimizer.param_groups[0]["lr"] = rate * share
         gradient = gradient_at(settings, run, moment)
@@ -239,7 +241,7 @@ def evaluate(model, tokens, batch_size, autocast=contextlib.nullcontext(), chunk
     state = None
     for x, y in zip(inputs.split(chunk), targets.split(chunk)):
         with autocast:
-            nll, _, state = model.forward(x, y, state)  # (model(..) may be a compiled form)
+            nll, _, state = model.forward(x, y, state)  # not model(..), which may be compiled
         losses.append(nll * len(x))
     model.train(was_training)
     return (sum(losses) / len(inputs)).item()
@@ -270,8 +272,8 @@ def measure(model, g, tokens, settings, autocast=contextlib.nullcontext()):
     dni_injected, dni_lost: the norm of the gradient of θ that g injects, and of the one that is
         lost at the borders, both divided by that of the truncated gradient (`crossing` in dni.py).
 
-    Four chunks, of as many streams as a quarter of B, are read without dropout. It takes about as
-    long as one and a half steps. Gradients end with the four chunks, and h_g begins at zero.
+    Four chunks of B / 4 streams are read, without dropout. It takes about as long as one and a half
+    steps. Gradients end with the four chunks, and h_g begins at zero.
     """
     was_training = model.training
     model.eval()
@@ -330,7 +332,7 @@ class Settings:
     dropout_input: float = setting(0.1, "in [0, 1)", "on embedded words, locked; code: 0.4")
     dropout_embedding: float = setting(0.0, "in [0, 1)", "of whole words (AWD 4.3); code: 0.1")
     dropout_weight: float = setting(0.0, "in [0, 1)", "on the gates' weights (AWD 2); code: 0.1")
-    lr: float = setting(1e-2, "above 0", "Adam's rate, with restarts the first of each run; "
+    lr: float = setting(1e-2, "above 0", "Adam's rate, with restarts at the start of each run; "
                         "modes bptt and dni: 4e-3; code: 1e-3")
     l2: float = setting(5e-6, "0 or more", "weight decay, added to the gradient; code: 1.2e-6")
     clip: float = setting(0.25, "above 0, or inf for none", "largest norm of the gradient; "
@@ -486,7 +488,7 @@ def parse(argv):
 
 
 def check_folders(out, resume):
-    """Raise UserError where a training would be written over, or a folder is none, or another."""
+    """Raise UserError where a folder is no folder, or holds something else than is asked for."""
     for name, folder in (("--out", out), ("--resume", resume)):
         if folder and folder.is_file():
             a_folder = "a folder"

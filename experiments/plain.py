@@ -12,9 +12,9 @@ h_g the memory of g. AWD is the paper of the network and its regularisation, arX
 number without a name is a section of Shang & Zhang.
 
 Truncation. s_k is not detached at a border here. But each chunk has NEW weights, which the step
-before has made, and asks for the derivative in these alone, and in s_k. The older weights acted on
-the chunks before. They are other tensors, and nobody asks for the derivative in them: that is
-truncation. It holds for φ in the same way: the memory h_g comes from older φ.
+before has made. autograd.grad is asked for the derivative with respect to these new weights and to
+s_k, and to nothing else. The older weights, which acted on the chunks before, are other tensors, so
+nothing flows to them. That is truncation. For φ it is the same: the memory h_g comes from older φ.
 
 Not here: dropout, a penalty on states outside [-1, 1] (the c of a QRNN stays within), evaluation,
 speed.
@@ -226,9 +226,9 @@ def training(theta, phi, inputs, targets, settings, epochs):
             )
 
             # 2. g predicts the gradient of s_k, to be corrected in 4. Nothing is predicted for s_0.
-            #    past: the last borders, by default this one alone. g is run over all of them with
-            #    its newest weights. If there are more than one, its error also teaches it what to
-            #    store in its memory.
+            #    past: the last dni_borders borders, by default this one alone. g is run over all of
+            #    them with its newest weights. If there are more than one, its error also teaches it
+            #    what to store in its memory.
             if phi and start > 0:
                 past = [*past, (s_k, memory)][-settings.dni_borders :]
                 _, memory = past[0]
