@@ -53,7 +53,8 @@ def run_at(epoch, base=1, mult=2):
     mult: run i lasts base * mult^i epochs; at least 1. With mult 2, as in the paper, and base 5,
         the restarts are at 5, 15, 35, 75, 155, 315.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run
-    2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.)
+    2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.) So give Python's floats, for
+    float32 rounds more than this. Runs are counted one by one: a million of them take 0.1 s.
     Raises ValueError for a number out of its range.
     """
     if not (0 <= epoch < math.inf and base > 0 and mult >= 1):  # nan is in no range
