@@ -38,7 +38,7 @@ import torch
 CORPORA = ("pydoc", "ptb", "ptb-chars", "wt2", "recall")
 SPLITS = ("train", "valid", "test")
 ENVIRONMENT = "QRNN_DATA"
-LINE_ENDS = ("<eos>", "</s>")  # what a text may not end its lines with, for each line gets an <eos>
+LINE_ENDS = ("<eos>", "</s>")  # no line may end with one of these: an <eos> is added to each line
 
 
 class UserError(ValueError):
@@ -240,7 +240,7 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     """`recall` as streams. Returns inputs and targets, (steps, B) each.
 
     delay: in steps. Read in chunks of T steps, a delay of n T - 1 puts n borders between a symbol
-        and its query, in every stream.
+        and its query, in every stream. (T = 10 and a delay of 9: one border.)
     answers_only: all targets but the answers are -100, which torch's cross entropy leaves out.
 
     Stream b + 1 begins one step later in its episode than stream b. So at each border some streams
@@ -248,7 +248,8 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     the model all of these places.
     """
     period = delay + 3
-    # One step more than whole episodes, so that the next stream is one step further in its own.
+    # The smallest length from `steps` on that is one more than a multiple of the period. So the
+    # next stream is one step further in its episode.
     length = steps + (1 - steps) % period
     count = batch_size * length // period + 10
     text = make_recall(delay, symbols, fillers, count, seed).train

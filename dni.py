@@ -31,9 +31,9 @@ Glossary
 
 The bootstrap. L_k is the loss of chunk k, a mean over its T B tokens. R_k is the summed loss of
 chunk k and of all later chunks, R_k = T B L_k + R_{k+1}, and δ_k = dR_k/ds_k. All chunks use θ.
-Think of a copy θ_k for each chunk, and let dR_k/dθ mean dR_k/dθ_k. (Later chunks use copies of
-their own. The derivatives of all copies together are the full gradient.) Chunk k acts on later
-losses through s_{k+1}. So, by the chain rule,
+In the next lines d/dθ counts the use of θ in chunk k alone. (Its use in later chunks is counted
+when they are read. Over all chunks the sum is the full gradient.) Chunk k acts on later losses
+through s_{k+1}. So, by the chain rule,
 
     dR_k/dθ  =  T B dL_k/dθ   +  (ds_{k+1}/dθ)ᵀ   δ_{k+1}
     δ_k      =  T B dL_k/ds_k +  (ds_{k+1}/ds_k)ᵀ δ_{k+1}
@@ -166,9 +166,9 @@ def begin_at_zero(linear):
 
 # --------------------------------------------------------------------------------- the interface
 #
-# g is asked about a border by the chunk that ends there, for a gradient to use (synthetic chunks
-# only), and by the chunk that begins there, for one to correct. Both questions are put by credit(),
-# when a chunk has been read. In chunk k, between the borders k and k + 1, in this order:
+# g is asked about each border twice. The chunk that ends there asks for a gradient to use, if it is
+# synthetic. Then the chunk that begins there asks for a gradient to correct. credit() puts both
+# questions, when a chunk has been read. In chunk k, between the borders k and k + 1, in this order:
 #
 #     credit()    asks g for δ^_k = g(s_k), and keeps its graph for learn(). h_g moves on.
 #                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, to
@@ -186,8 +186,8 @@ def begin_at_zero(linear):
 #
 # Why T B? The loss L_k is a mean, and g is taught the gradient of the summed loss. The gradient of
 # the mean is T B times smaller. If g were taught that one, its own gradients could fall below
-# Adam's epsilon, 1e-8, and g would hardly learn. Also, streams do not touch one another. So a
-# summed loss gives each stream the gradient of its own losses, whose size does not depend on B.
+# Adam's epsilon, 1e-8, and g would hardly learn. Also, streams do not touch one another. So with a
+# summed loss each stream gets the gradient of its own losses, and B does not change its size.
 
 
 class Interface:
@@ -202,19 +202,19 @@ class Interface:
         predictions, a list like s, and its memory: None, or a tuple of tensors, the first with N
         rows.
     optimizer: of g's parameters alone; None stands for Adam at 1e-4.
-    alpha: α. Below 1, what g predicts wrongly shrinks at each border that it is carried back
-        through. The paper has no such factor, which is α = 1.
-    borders: through how many borders g's error is backpropagated. With 1 no gradient flows into its
-        memory, so nothing teaches g what to keep there.
+    alpha: α. An error of g is multiplied by α each time it is carried back through a border. The
+        paper has no such factor, which is α = 1.
+    borders: over how many borders g is unrolled when it learns. 1 is the present one alone: then no
+        gradient flows into its memory, so nothing teaches g what to keep there.
     penalty: of states outside [-1, 1], see `excess`; 0 turns it off.
     Raises ValueError if borders is below 1, if optimizer holds parameters that are not g's, or if g
     is in float16.
 
-    You may multiply loss + credit by one factor, as GradScaler does, or by 1/n to accumulate
-    gradients over n chunks, but not credit alone (that is what alpha is for). Call learn() after
-    each backward(): it divides the factor out. A factor that is 0 or not finite teaches g nothing.
-    g computes in its own type, and under autocast in bfloat16, but not in float16: no GradScaler
-    holds up its small gradients.
+    You may multiply the sum loss + credit by one factor, as GradScaler does, or by 1/n to
+    accumulate gradients over n chunks. (To weigh credit alone, use alpha.) Call learn() after each
+    backward(): it divides the factor out. A factor that is 0 or not finite teaches g nothing. g
+    computes in its own type, and under autocast in bfloat16, but never in float16, in which its
+    gradients are too small.
 
     h_g has a row for each neuron of each stream, so the streams must stay in their order, and begin
     and end together. For another model, a second batch or a validation text make another Interface
@@ -245,19 +245,20 @@ class Interface:
         self.asked = None  # what credit() leaves for learn()
         self.loss_scale = None  # what the loss was multiplied by before backward()
 
-    @torch.compiler.disable  # one compiled graph of model and g would be gone back through twice
+    @torch.compiler.disable  # else both backward() would run through one compiled graph: an error
     def credit(self, s, s_next, tokens_per_chunk, synthetic=True):
         """Ask g about s_k and s_{k+1}. Returns the term to add to the loss.
 
         s: the leaves that the chunk began with, new ones for each chunk: a list of (B, H_l), each
-            requiring a gradient. Until learn() leave their gradients as backward() made them. Where
+            requiring a gradient. Do not change their .grad between backward() and learn(). Where
             a text begins there is no border: pass None. Then g is not asked about it, and h_g is
             zero. (You may also pass leaves of zeros. Then g also learns about them.)
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
         synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and
-            target_k holds the T true steps alone. (Add the zero, too, and call backward() without
-            `inputs`: learn() reads from the zero what the loss was multiplied by.)
+            target_k is the gradient of this chunk's own loss. (Add the zero to the loss, too, and
+            call backward() without its argument `inputs`: learn() reads from the zero what the loss
+            was multiplied by.)
 
         Raises ValueError or RuntimeError for a wrong shape, graph or order of calls.
         """
@@ -285,8 +286,8 @@ class Interface:
         """δ^_k, with a graph for φ; h_g moves on by one border.
 
         g always reads its memory. With borders = 1 it runs once, on s_k, and is never taught what
-        to store for later. With borders = n it runs again over the last n borders, with today's φ,
-        from the h_g before the first of them. So its error also teaches it what to store.
+        to store for later. With borders = n it runs again over the last n borders, with its present
+        weights, from the h_g before the first of them. So its error also teaches it what to store.
         """
         self.past.append((constants(s), self.memory))
         self.past = self.past[-self.borders :]
@@ -457,7 +458,7 @@ def excess(c):
 
 
 def constants(s):
-    """What g sees: s without its graph. What is not finite is 0: it would spoil all of φ."""
+    """What g sees: s without its graph, and with 0 for what is not finite and would make φ nan."""
     return [c.detach().nan_to_num(0.0, 0.0, 0.0) for c in s]
 
 

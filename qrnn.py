@@ -23,8 +23,8 @@ Glossary
     window     -        -              how many inputs each gate sees, x_t and those just before it.
                                        The QRNN paper: the width k of a masked convolution in time
     state      -        [(c, x_prev)]  what crosses from one chunk of text to the next, one pair a
-                                       layer: c (B, H), and x_prev (window - 1, B, I), its last
-                                       inputs
+                                       layer: c (B, H), and x_prev (window - 1, B, I), the last
+                                       window - 1 inputs of the layer
 
 Not here: bidirectional layers, the QRNN's encoder-decoder attention, convolution over more than
 time.
@@ -87,8 +87,8 @@ class Pool(torch.autograd.Function):
         c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
         # Two outputs hold c_T: the last step of the first, and the second. So autograd gives
-        # backward() two gradients of c_T: G_T from later layers, G_next from the next chunk. (That
-        # of an output which nobody used is zero.)
+        # backward() two gradients of c_T: G_T from later layers, G_next from the next chunk. (If
+        # nobody used an output, its gradient arrives as zeros.)
         return c[1:], c[-1].clone()
 
     @staticmethod
@@ -108,7 +108,7 @@ class Pool(torch.autograd.Function):
 
 
 def pool_states(f, z, c0):
-    """c_0 .. c_T (T + 1, B, H), written into memory that is taken once."""
+    """c_0 .. c_T (T + 1, B, H), written into memory that is allocated once."""
     c = z.new_empty(z.shape[0] + 1, *c0.shape)
     c[0] = c0
     cs = c.unbind()  # cs[0] is c_0, and fs[0], zs[0] are f_1, z_1
@@ -132,7 +132,7 @@ def pool_gradients(G, G_next, f, z, c):
 
 
 def pool(f, z, c0):
-    """c_1 .. c_T (T, B, H) as `pool_loop` computes them, and once more, apart, c_T (B, H).
+    """c_1 .. c_T (T, B, H) as `pool_loop` computes them, and as a second output c_T (B, H).
 
     If T is 1, autograd does all: there is no loop. If T is larger there is no second derivative,
     and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those.
@@ -232,7 +232,7 @@ class QRNNLayer(nn.Module):
         if self.window > 1:
             inputs = torch.cat([x_prev, x])  # (window - 1 + T, B, I)
             windows = torch.cat([inputs[i : i + T] for i in range(self.window)], -1)
-            x_prev = inputs[T:].clone()  # the last window - 1 of them, without the others' memory
+            x_prev = inputs[T:].clone()  # the last window - 1; the rest of `inputs` can be freed
 
         weight = F.dropout(self.weight, self.weight_dropout, self.training)
         gates = F.linear(windows, weight, self.bias)  # (T, B, 3H)
@@ -322,7 +322,7 @@ class QRNN(nn.Module):
         if isinstance(x, nn.utils.rnn.PackedSequence):
             raise TypeError(
                 "x is a PackedSequence: pad it on the right (nn.utils.rnn.pad_sequence). This "
-                "changes no output before the padding; the state returned is that after it"
+                "changes no output before the padding, but the state returned is that after it"
             )
         if not torch.is_tensor(x):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -367,8 +367,8 @@ class LanguageModel(nn.Module):
 
     vocabulary_size: V, how many words.
     embedding_size: E.
-    hidden_size: H of all layers but the last. The last has E, for decoder and embedding are one
-        matrix.
+    hidden_size: H of all layers but the last. The last has E, because decoder and embedding
+        are one matrix.
     num_layers: at least 1.
     window: of the first layer. That of the others is 1, as in AWD's code.
     dropout_input, dropout_hidden, dropout_output: in [0, 1), before, between and after the layers;

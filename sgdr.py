@@ -13,9 +13,9 @@ Papers
 
 Glossary
     name       symbol       unit       meaning
-    run        -            -          the time from one restart to the next
+    run        -            -          the time from the start, or a restart, to the next restart
     index      i            -          of the run: 0 before the first restart, then 1, 2, ...
-    elapsed    E_cur        epochs     since the last restart
+    elapsed    E_cur        epochs     since the run began
     length     E_i          epochs     of run i: mult^i * base
     base       E_base       epochs     length of run 0
     eta_max    eta_max_i    -          learning rate at the beginning of run i
@@ -46,15 +46,15 @@ class Run(NamedTuple):
 
 
 def run_at(epoch, base=1, mult=2):
-    """The run that a moment lies in, for how long it has lasted, and how long it is, as a Run.
+    """A moment as Run(index, elapsed, length): in which run, how long since it began, its length.
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
     base: length of run 0 in epochs, above 0.
     mult: run i lasts base * mult^i epochs; at least 1. With mult 2, as in the paper, and base 5,
         the restarts are at 5, 15, 35, 75, 155, 315.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run
-    2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.) So give Python's floats, for
-    float32 rounds more than this. Runs are counted one by one: a million of them take 0.1 s.
+    2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.) Give Python's floats, because
+    float32 has larger rounding errors. Runs are counted one by one: a million of them take 0.1 s.
     Raises ValueError for a number out of its range.
     """
     if not (0 <= epoch < math.inf and base > 0 and mult >= 1):  # nan is in no range
@@ -94,8 +94,8 @@ class SGDR(LRScheduler):
     interval="step", say), the clock and base are in batches.
 
     With one eta_max and one eta_min for all runs, and mult 1 or 2, the rates equal those of
-    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit (to rounding, where step()
-    follows a step(epoch) with a fraction).
+    torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit. (If step() follows a
+    step(epoch) with a fraction, they agree to rounding only.)
 
     To resume, make SGDR first. Then load the optimiser's state_dict, and SGDR's.
 

@@ -11,7 +11,7 @@ hope that alternating the two lets the optimiser see more of the loss surface th
 alone. The learning rate restarts at each change, so that the weights can leave a minimum for a
 better one (1, 2.3). Two things depend on the mode:
 
-    mode           what a chunk learns from the chunks after it             learning rate
+    mode           what enters a chunk's backward pass at its end           learning rate
     bptt           nothing: truncated backpropagation through time          constant
     dni            a synthetic gradient at its last state, from the second  constant
                    epoch on (in the first, g only learns)
@@ -72,7 +72,8 @@ def gradient_at(settings, run, epoch):
 
     run: of SGDR.
     epoch: how many epochs have passed, a fraction.
-    In a real chunk g goes on learning, from the chunk's T steps alone (departures 11, 21).
+    In a real chunk g goes on learning. Its target is then the gradient of this chunk's loss alone
+    (departures 11, 38).
     """
     if settings.mode == "alternating":
         return "real" if run % 2 == 0 else "synthetic"  # 2.3, 3.2
@@ -198,8 +199,8 @@ def train_epoch(
         run = schedule.run.index
         [rate] = schedule.get_last_lr()
         if settings.jitter:
-            # A shorter chunk gets a lower rate (AWD 4.1). At the next chunk the schedule sets it
-            # anew.
+            # The rate is proportional to the chunk's length (AWD 4.1). At the next chunk the
+            # schedule sets it anew.
             share = (stop - start) / settings.chunk
             optimizer.param_groups[0]["lr"] = rate * share
         gradient = gradient_at(settings, run, moment)
@@ -273,7 +274,8 @@ def measure(model, g, tokens, settings, autocast=contextlib.nullcontext()):
         lost at the borders, both divided by that of the truncated gradient (`crossing` in dni.py).
 
     Four chunks of B / 4 streams are read, without dropout. It takes about as long as one and a half
-    steps. Gradients end with the four chunks, and h_g begins at zero.
+    training steps. So a "true" gradient is that of the three next chunks at most. h_g begins at
+    zero.
     """
     was_training = model.training
     model.eval()
@@ -332,7 +334,7 @@ class Settings:
     dropout_input: float = setting(0.1, "in [0, 1)", "on embedded words, locked; code: 0.4")
     dropout_embedding: float = setting(0.0, "in [0, 1)", "of whole words (AWD 4.3); code: 0.1")
     dropout_weight: float = setting(0.0, "in [0, 1)", "on the gates' weights (AWD 2); code: 0.1")
-    lr: float = setting(1e-2, "above 0", "Adam's rate, with restarts at the start of each run; "
+    lr: float = setting(1e-2, "above 0", "Adam's rate; with restarts, that at the start of a run; "
                         "modes bptt and dni: 4e-3; code: 1e-3")
     l2: float = setting(5e-6, "0 or more", "weight decay, added to the gradient; code: 1.2e-6")
     clip: float = setting(0.25, "above 0, or inf for none", "largest norm of the gradient; "

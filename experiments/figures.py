@@ -6,7 +6,7 @@
 The steps are drawn by hand. The schedule is computed by sgdr.py and train.py.
 """
 
-import sys
+import argparse
 from math import cos, pi
 from pathlib import Path
 
@@ -26,8 +26,15 @@ GREY = "0.94"
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description="Draw the pictures that explain, or your training."
+    )
+    parser.add_argument("folders", nargs="*", help="of trainings; without one: the pictures")
+    folders = parser.parse_args().folders
+    for folder in folders:
+        if not Path(folder, "log.csv").exists():
+            parser.error(f"{folder} holds no log.csv: give the folder of a training")
     matplotlib.use("Agg")
-    folders = sys.argv[1:]
     if folders:
         training_figure(folders).savefig("training.png", dpi=130)
     else:
@@ -132,7 +139,7 @@ def steps_figure():
     label(axis, 9.62, 2.7, "2  $\\alpha\\,\\hat\\delta_{k+1}$", BLUE)
 
     synthesise = (
-        "2  synthesise, only if chunk k − 1 is synthetic:\n"
+        "2  synthesise, in a synthetic chunk k − 1:\n"
         "$\\alpha\\,\\hat\\delta_k$ goes into its backward pass"
     )
     regress = "4  regress, in chunk k: g is taught the gradient\nthat $s_k$ receives there"

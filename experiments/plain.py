@@ -11,8 +11,8 @@ the parameters of the model and of g, s_k is the state at border k, δ^_k its sy
 h_g the memory of g. AWD is the paper of the network and its regularisation, arXiv 1708.02182. A
 number without a name is a section of Shang & Zhang.
 
-Truncation. s_k is not detached at a border here. But each chunk has NEW weights, which the step
-before has made. autograd.grad is asked for the derivative with respect to these new weights and to
+Truncation is done without detach() here. Each chunk has NEW weights, which the step before has
+made. autograd.grad is asked for the derivative with respect to these new weights and to
 s_k, and to nothing else. The older weights, which acted on the chunks before, are other tensors, so
 nothing flows to them. That is truncation. For φ it is the same: the memory h_g comes from older φ.
 
@@ -194,9 +194,9 @@ def chunks(length, settings, epoch):
 
 
 def training(theta, phi, inputs, targets, settings, epochs):
-    """All steps of a training. A generator: yields, after each epoch,
+    """All steps of a training. After each epoch yields
 
-        theta, phi, [(nll, rate, run, synthetic, gradient norm)] of its chunks, its mean nll
+        theta, phi, [(nll, rate, run, synthetic, gradient norm) of each chunk], the epoch's mean nll
 
     theta, phi: {name: weight} of the model and of g; an empty phi: no g.
     inputs, targets: (L, B) of words.
@@ -253,8 +253,8 @@ def training(theta, phi, inputs, targets, settings, epochs):
             # 4. g learns what its prediction should have been, from all neurons at once (2.2).
             if phi and start > 0:
                 error = ((guess - target) ** 2).mean()
-                meta_gradients = torch.autograd.grad(error, phi.values())
-                phi = adam(phi, meta_gradients, phi_moments, settings.dni_lr, 0.0)
+                phi_gradients = torch.autograd.grad(error, phi.values())
+                phi = adam(phi, phi_gradients, phi_moments, settings.dni_lr, 0.0)
 
             # 5. The model learns: its gradient, of the mean loss, is clipped. With jitter a chunk
             #    of T steps gets T / chunk of the learning rate (AWD, 4.1).
