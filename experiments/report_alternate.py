@@ -265,8 +265,14 @@ def alternate_controls(rows):
 
 
 def alternate_others(rows):
-    """T = 5, the text that repeats, and the neuron-wise g."""
-    return alternate_arms(rows, (*FIVE, *AGAIN, *NEURON))
+    """T = 5, the text that repeats, and the neuron-wise g; "" before one of them was trained."""
+    arms = [arm for arm in (*FIVE, *AGAIN, *NEURON) if scores(rows, arm)]
+    if not arms:
+        return ""
+    return (
+        "\nT = 5, the text that repeats (five runs, 16 passes), and the neuron-wise g.\n\n"
+        + alternate_arms(rows, arms)
+    )
 
 
 def alternate_cost(rows):
@@ -309,7 +315,6 @@ def alternating(rows, cost_rows):
         + "\nControls. T = 4 makes half the updates over the same text. It is compared with real "
         "and synthetic runs of T = 2.\n\n"
         + alternate_controls(rows)
-        + "\nT = 5, the text that repeats (five runs, 16 passes), and the neuron-wise g.\n\n"
         + alternate_others(rows)
         + "\nBits of validation text over the peak rate, the best in bold.\n\n"
         + alternate_peaks(rows)
