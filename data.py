@@ -248,8 +248,8 @@ def episodes(delay, steps, batch_size, seed=0, answers_only=False, symbols=4, fi
     the model all of these places.
     """
     period = delay + 3
-    # The smallest length from `steps` on that is one more than a multiple of the period. So the
-    # next stream is one step further in its episode.
+    # The smallest length >= steps for which length % period is 1. So the next stream is one step
+    # further in its episode.
     length = steps + (1 - steps) % period
     count = batch_size * length // period + 10
     text = make_recall(delay, symbols, fillers, count, seed).train

@@ -27,7 +27,7 @@ Glossary
     memory     h_g       (N, 50)      g's own recurrent state; `memory` is a tuple with h_g first
     alpha      α         -            a factor on δ^_{k+1} wherever it is used
     synthetic  -         -            a chunk that uses α δ^_{k+1}. In a real chunk it is not used:
-                                      read it as 0 in D_k and in target_k below
+                                      read it as 0 in the equations of D_k and target_k below
 
 The bootstrap. L_k is the loss of chunk k, a mean over its T B tokens. R_k is the summed loss of
 chunk k and of all later chunks, R_k = T B L_k + R_{k+1}, and δ_k = dR_k/ds_k. All chunks use θ.
@@ -167,8 +167,9 @@ def begin_at_zero(linear):
 # --------------------------------------------------------------------------------- the interface
 #
 # g is asked about each border twice. The chunk that ends there asks for a gradient to use, if it is
-# synthetic. Then the chunk that begins there asks for a gradient to correct. credit() puts both
-# questions, when a chunk has been read. In chunk k, between the borders k and k + 1, in this order:
+# synthetic. Then the chunk that begins there asks for the prediction that g is corrected on.
+# credit() puts both questions, when a chunk has been read. In chunk k, between the borders k and
+# k + 1, in this order:
 #
 #     credit()    asks g for δ^_k = g(s_k), and keeps its graph for learn(). h_g moves on.
 #                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, to
@@ -187,7 +188,7 @@ def begin_at_zero(linear):
 # Why T B? The loss L_k is a mean, and g is taught the gradient of the summed loss. The gradient of
 # the mean is T B times smaller. If g were taught that one, its own gradients could fall below
 # Adam's epsilon, 1e-8, and g would hardly learn. Also, streams do not touch one another. So with a
-# summed loss each stream gets the gradient of its own losses, and B does not change its size.
+# summed loss each stream gets the gradient of its own losses, whatever B is.
 
 
 class Interface:
@@ -205,7 +206,7 @@ class Interface:
     alpha: α. An error of g is multiplied by α each time it is carried back through a border. The
         paper has no such factor, which is α = 1.
     borders: over how many borders g is unrolled when it learns. 1 is the present one alone: then no
-        gradient flows into its memory, so nothing teaches g what to keep there.
+        gradient flows into its memory, so nothing teaches g what to store for later.
     penalty: of states outside [-1, 1], see `excess`; 0 turns it off.
     Raises ValueError if borders is below 1, if optimizer holds parameters that are not g's, or if g
     is in float16.
@@ -328,8 +329,8 @@ class Interface:
         """Teach g target_k; backward has left target_k / (T B) in s_k.grad.
 
         Returns g's mean squared error before the update: None where nothing was predicted, nan
-        where no target was finite, for which φ's gradient is zero. (What is momentum in g's
-        optimiser moves φ even then.) A state without a gradient was not read in this chunk: its
+        where no target was finite. (φ's gradient is zero then, but momentum in g's optimiser may
+        still move φ.) A state without a gradient was not read in this chunk: its
         gradient is zero.
         Raises RuntimeError where credit() or backward() was not called, or if no state was read.
         """
@@ -510,9 +511,9 @@ def no_float16(device):
 # ------------------------------------------------------ how right is g, and how much does it do?
 #
 # A text is measured as it is trained on: in chunks (s, s_next, loss), each with a graph of its own.
-# These are the leaves that a chunk began with, the states that it ended with, and its loss, a mean
-# over T B tokens. For K + 1 chunks there are K borders between them. The border before the first
-# chunk is not looked at, nor is the one after the last.
+# s are the leaves that a chunk began with, s_next the states that it ended with, and the loss is a
+# mean over T B tokens. For K + 1 chunks there are K borders between them. The border before the
+# first chunk is not looked at, nor is the one after the last.
 
 
 @torch.no_grad()
@@ -536,8 +537,8 @@ def true_gradients(chunks, tokens_per_chunk):
         δ_k  =  T B dL_k/ds_k + (ds_{k+1}/ds_k)ᵀ δ_{k+1}      nothing follows the last chunk
 
     s_k is a leaf that chunk k alone reads. So δ_k holds the losses after border k and no other,
-    even where the state is also an output of the chunk before, as in a cell that is called in a
-    loop. Where a chunk did not read a state, the gradient of that state is zero.
+    even where the state is also an output of the chunk before (the h of an nn.GRUCell in a loop).
+    Where a chunk did not read a state, the gradient of that state is zero.
     Raises ValueError if s are no leaves, or if a chunk read none of them.
     """
     found = []

@@ -86,9 +86,9 @@ class Pool(torch.autograd.Function):
     def forward(ctx, f, z, c0):
         c = pool_states(f, z, c0)
         ctx.save_for_backward(f, z, c)
-        # Two outputs hold c_T: the last step of the first, and the second. So autograd gives
-        # backward() two gradients of c_T: G_T from later layers, G_next from the next chunk. (If
-        # nobody used an output, its gradient arrives as zeros.)
+        # c_T is in both outputs: as the last step of the first, and as the second. So autograd
+        # gives backward() two gradients of c_T: G_T from later layers, G_next from the next chunk.
+        # (If nobody used an output, its gradient arrives as zeros.)
         return c[1:], c[-1].clone()
 
     @staticmethod
@@ -136,7 +136,7 @@ def pool(f, z, c0):
 
     If T is 1, autograd does all: there is no loop. If T is larger there is no second derivative,
     and torch.func (vmap, grad, ..) refuses the function. Use `pool_loop` for those.
-    Raises ValueError for other shapes, for complex numbers, and for several types or devices.
+    Raises ValueError for other shapes, for complex numbers, and if types or devices differ.
     Raises RuntimeError in the backward pass if T > 1 and a second derivative is asked for.
     """
     one_device = f.device == z.device == c0.device
@@ -198,7 +198,7 @@ class QRNNLayer(nn.Module):
     def forward(self, x, state=None):
         """x: (T, B, I), T >= 1.
         state: (c (B, H), x_prev (window - 1, B, I)) on the device of x, or None for zeros. It is
-            taken in the type of x.
+            converted to the type of x.
         Returns the output (T, B, H) and the state after step T.
         Raises ValueError for another shape or device.
         """

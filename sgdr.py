@@ -25,7 +25,8 @@ Glossary
 
 Not here: momentum schedules, warm-up, averaging of the weights at the end of a run.
 
-Run `python sgdr.py` to see the paper's schedule with E_base = 5.
+Run `python sgdr.py` to see the schedule for E_base = 5, as in the authors' code. (The paper
+searched for E_base.)
 """
 
 import itertools
@@ -50,7 +51,7 @@ def run_at(epoch, base=1, mult=2):
 
     epoch: epochs since the beginning of training, >= 0, fractional or whole.
     base: length of run 0 in epochs, above 0.
-    mult: run i lasts base * mult^i epochs; at least 1. With mult 2, as in the paper, and base 5,
+    mult: run i lasts base * mult^i epochs; at least 1. With mult 2, as in the paper, and base 5
         the restarts are at 5, 15, 35, 75, 155, 315.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run
     2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.) Give Python's floats, because
@@ -95,7 +96,7 @@ class SGDR(LRScheduler):
 
     With one eta_max and one eta_min for all runs, and mult 1 or 2, the rates equal those of
     torch.optim.lr_scheduler.CosineAnnealingWarmRestarts to the last bit. (If step() follows a
-    step(epoch) with a fraction, they agree to rounding only.)
+    step(epoch) with a fraction, the rates agree to rounding only.)
 
     To resume, make SGDR first. Then load the optimiser's state_dict, and SGDR's.
 

@@ -2,11 +2,11 @@
 
 Paper: Shang, Zhang 2019, "Alternating Synthetic and Real Gradients for Neural Language Modeling".
 Numbers in brackets are its sections; with a name before them those of AWD (arXiv 1708.02182) or of
-DNI (1608.05343). The "authors' code" was published with the paper. Departures from both have the
-numbers of experiments/departures.md.
+DNI (1608.05343). The "authors' code" was published with the paper. Departures from the paper and
+from this code have the numbers of experiments/departures.md.
 
 Why alternate? The paper cites a finding of others: models that were trained with synthetic
-gradients represent a text differently from models that were trained with real ones. The authors
+gradients have other inner representations than models that were trained with real ones. The authors
 hope that alternating the two lets the optimiser see more of the loss surface than either kind
 alone. The learning rate restarts at each change, so that the weights can leave a minimum for a
 better one (1, 2.3). Two things depend on the mode:
@@ -273,9 +273,9 @@ def measure(model, g, tokens, settings, autocast=contextlib.nullcontext()):
     dni_injected, dni_lost: the norm of the gradient of θ that g injects, and of the one that is
         lost at the borders, both divided by that of the truncated gradient (`crossing` in dni.py).
 
-    Four chunks of B / 4 streams are read, without dropout. It takes about as long as one and a half
-    training steps. So a "true" gradient is that of the three next chunks at most. h_g begins at
-    zero.
+    Four chunks of B / 4 streams are read, without dropout. So a "true" gradient is that of the
+    three next chunks at most. h_g begins at zero. It takes as long as one and a half training
+    steps.
     """
     was_training = model.training
     model.eval()
@@ -343,7 +343,7 @@ class Settings:
     chunk: int = setting(70, "at least 1", "T, steps of a chunk; paper: 200 (3)")
     jitter: bool = setting(False, "", "T from N(chunk, 5), one in twenty from N(chunk/2, 5), "
                            "and the rate times T/chunk (AWD 4.1); code: yes")
-    e_base: float = setting(5.0, "above 0", "E_base, epochs of run 0 (3.2)")
+    e_base: float = setting(5.0, "above 0", "E_base, epochs of run 0 (searched, 3.2); code: 5")
     mult: float = setting(2.0, "at least 1", "run i lasts mult^i E_base epochs (3.2)")
     eta_min: tuple = setting((0.0,), "0 or more", "rate at a run's end, for all or each (2.1)")
     eta_max: tuple = setting((), "above 0", "rate at a run's start, likewise; none: lr")

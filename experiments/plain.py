@@ -227,8 +227,8 @@ def training(theta, phi, inputs, targets, settings, epochs):
 
             # 2. g predicts the gradient of s_k, to be corrected in 4. Nothing is predicted for s_0.
             #    past: the last dni_borders borders, by default this one alone. g is run over all of
-            #    them with its newest weights. If there are more than one, its error also teaches it
-            #    what to store in its memory.
+            #    them with its newest weights. With more than one border, g's error also teaches g
+            #    what to store for later.
             if phi and start > 0:
                 past = [*past, (s_k, memory)][-settings.dni_borders :]
                 _, memory = past[0]
