@@ -122,7 +122,7 @@ class LayerDNI(nn.Module):
     this in parameters: an MLP H_l -> 50 -> 50 -> H_l for each layer has about 100 H_l. Streams are
     its batch. It has no memory.
 
-    sizes: [H_l], one a layer.
+    sizes: [H_l], one for each tensor of s: one a layer of a QRNN or a GRU, two a layer of an LSTM.
     hidden_size: of the MLPs; 0 makes each of them one linear map H_l -> H_l.
     Raises ValueError if sizes is a number.
     """
@@ -130,7 +130,7 @@ class LayerDNI(nn.Module):
     def __init__(self, sizes, hidden_size=50):
         super().__init__()
         if not hasattr(sizes, "__iter__"):
-            raise ValueError(f"sizes: a list, one a layer, please: [{sizes}]")
+            raise ValueError(f"sizes: a list, one for each tensor of s, please: [{sizes}]")
         self.mlps = nn.ModuleList()
         for size in sizes:
             if hidden_size == 0:
@@ -384,7 +384,8 @@ class Interface:
                 or not all(torch.is_tensor(c) and c.dim() == 2 for c in states)
             ):
                 raise ValueError(
-                    "s, s_next: lists of (B, H): a GRU's list(h_n), a QRNN's [c for c, _ in state]"
+                    "s, s_next: lists of (B, H): a GRU's list(h_n), an LSTM's [*h_n, *c_n], a "
+                    "QRNN's [c for c, _ in state]"
                 )
         neurons = sum(c.numel() for c in s_next)
         if s:
