@@ -434,8 +434,10 @@ def places_table(rows):
         lines.append([*settings, RECALL[arm], quartiles(accuracies), above(accuracies)])
     head = ["network", "layers", "delay", "streams", "updates", "", "accuracy", "above 0.9"]
     return (
-        "One border, answers scored, α = 1, g's rate 1e-4. Median [quartiles] over the seeds. The "
-        "head of recall.py says what `spread` and `same` are.\n\n" + markdown_table(head, lines)
+        "Answers scored, α = 1, g's rate 1e-4. Median [quartiles] over the seeds. The head of "
+        "recall.py says what `spread` and `same` are. With a delay of 17 there are one or two "
+        "borders between symbol and answer if the streams are spread, and always one if not.\n\n"
+        + markdown_table(head, lines)
     )
 
 
