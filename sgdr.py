@@ -55,7 +55,8 @@ def run_at(epoch, base=1, mult=2):
         the restarts are at 5, 15, 35, 75, 155, 315.
     A moment that differs from a restart by rounding alone counts as the restart. (For base 0.1 run
     2 begins at 0.3, computed as 0.1 + 0.2 = 0.30000000000000004.) Give Python's floats, because
-    float32 has larger rounding errors. Runs are counted one by one: a million of them take 0.1 s.
+    float32 has larger rounding errors. Runs are counted one by one, so a moment after very many
+    runs takes long.
     Raises ValueError for a number out of its range.
     """
     if not (0 <= epoch < math.inf and base > 0 and mult >= 1):  # nan is in no range

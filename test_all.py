@@ -50,6 +50,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.testing import assert_close as close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import alternate
 import authors
 import data
 import dni as dni_module
@@ -1206,8 +1207,11 @@ def test_what_credit_refuses():
             with pytest.raises(ValueError, match="tokens_per_chunk must be above 0"):
                 dni.credit(None, leaves(2, 3), tokens, synthetic=synthetic)
     for nothing in ([], None):
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises(ValueError, match="s, s_next: lists of"):
             dni.credit(None, nothing, 10)
+    for sizes in (3, np.int64(3)):
+        with pytest.raises(ValueError, match="sizes: a list"):
+            LayerDNI(sizes)
     chunks = []
     w = torch.tensor(1.3, requires_grad=True)
     s = leaves(2, 3)
@@ -1253,6 +1257,12 @@ def test_several_backward_passes_are_their_sum():
             (factor * total).backward(retain_graph=True)
         errors.append(dni.learn().item())
     assert errors[1:] == pytest.approx(errors[:1] * 2, rel=1e-6)
+
+
+def test_a_batch_may_be_empty():
+    for g in (NeuronDNI(), LayerDNI([3, 2])):
+        predicted, _ = g([torch.zeros(0, 3), torch.zeros(0, 2)])
+        assert [tuple(d.shape) for d in predicted] == [(0, 3), (0, 2)]
 
 
 def test_a_frozen_g_is_used_and_not_taught():
@@ -1629,7 +1639,7 @@ def test_injected_and_lost_by_hand(windows):
     T_B = 8
     model, chunks, parameters = plain_losses(windows)
     g = lively(NeuronDNI().double())
-    left = crossing(g, read_apart(model, chunks), T_B, parameters, alpha)
+    left = crossing(g, read_apart(model, chunks), T_B, iter(parameters), alpha)
 
     whole, apart = one_graph_and_apart(model, chunks, parameters)
     names = [name for name, _ in model.named_parameters()]
@@ -4178,7 +4188,17 @@ def test_the_house():
         "figures": {"study", "train", "sgdr"},
         "gpu": {"study", "train", "speed", "reproduce", "report"},
     }
-    tested = {"plain", "study", "text", "recall", "reproduce", "report", "injected", "authors"}
+    tested = {
+        "alternate",
+        "plain",
+        "study",
+        "text",
+        "recall",
+        "reproduce",
+        "report",
+        "injected",
+        "authors",
+    }
     more = {
         "qrnn": {"triton"},
         "test_all": {"pytest", "triton"},
@@ -4356,6 +4376,16 @@ def test_the_authors_g_is_a_loop_over_neurons():
     close(authors.scan(f, (1 - f) * z), pool_loop(f, z, torch.zeros(1, 5)))
 
 
+def test_the_controls_of_alternation():
+    """δ^ with random signs or shuffled is what the head of alternate.py says, by its own checks.
+
+    Every control has the linear g of the arm that it is compared with.
+    """
+    alternate.check_controls()
+    with pytest.raises(ValueError, match="no arm of text.py: sign"):
+        text_study.build(dict(arm="sign", seed=0, rate=1e-4, alpha=1.0), 50)
+
+
 def test_all_streams_begin_an_episode_at_one_place():
     """`recall.py --places`: where every period begins, all streams are shown a symbol.
 
@@ -4459,6 +4489,8 @@ def test_results_are_what_the_logs_say():
     tables = [line for line in results.split("\n") if line.startswith("|")]
     logged = [(study.LOGS / f"{name}.txt").read_text() for name in ("main-job", "exercises")]
     cells = re.findall(r"[\d.,]*\d", "\n".join([*tables, *logged]))
+    for number in re.findall(r"dni_\w+ ([\d.]+)", logged[0]):  # of the main job, rounded
+        cells += [f"{float(number):.3f}", f"{float(number):.4f}"]
     found = re.findall(r"[\d,]*\d\.\d+|\d+/\d+", prose)
     assert len(found) > 30 and {x for number in found for x in number.split("/")} <= set(cells)
 

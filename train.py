@@ -274,8 +274,8 @@ def measure(model, g, tokens, settings, autocast=contextlib.nullcontext()):
         lost at the borders, both divided by that of the truncated gradient (`crossing` in dni.py).
 
     Four chunks of B / 4 streams are read, without dropout. So a "true" gradient is that of the
-    three next chunks at most. h_g begins at zero. It takes as long as one and a half training
-    steps.
+    three next chunks at most. h_g begins at zero. All of this takes as long as one and a
+    half training steps.
     """
     was_training = model.training
     model.eval()
