@@ -7,7 +7,6 @@
     python experiments/alternate.py --study T5          four patterns at T = 5
     python experiments/alternate.py --study repeated    a short text that is read 16 times
     python experiments/alternate.py --study neuron      the paper's neuron-wise g
-    python experiments/alternate.py --study rest        the peak rates of all other arms
     python experiments/alternate.py --study cost        milliseconds an update; let nothing else run
 
 The paper trains with warm restarts and alternates the gradient: runs 0, 2, 4, .. of SGDR are
@@ -394,24 +393,19 @@ def do(which):
     if which == "peaks":
         search(MAIN, SEARCH_SEEDS)
     elif which == "patterns":
+        search(OTHERS, SEARCH_SEEDS)
         final(MAIN + OTHERS)
     elif which == "controls":
         check_controls()
-        final(CONTROLS)
+        search(CONTROLS + NOISY_ALTERNATION, SEARCH_SEEDS)
+        final(CONTROLS + NOISY_ALTERNATION)
     elif which == "T5":
+        search(FIVE, SEARCH_SEEDS)
         final(FIVE)
     elif which == "repeated":
-        final(AGAIN, FINAL_SEEDS[:2])
-    elif which == "neuron":
-        final(NEURON, FINAL_SEEDS[:3])
-    elif which == "rest":
-        check_controls()
-        search(OTHERS + CONTROLS + FIVE, SEARCH_SEEDS)
-        final(MAIN + OTHERS + CONTROLS + FIVE)
-        search(NOISY_ALTERNATION, SEARCH_SEEDS)
-        final(NOISY_ALTERNATION)
         search(AGAIN, SEARCH_SEEDS[:1])
         final(AGAIN, FINAL_SEEDS[:2])
+    elif which == "neuron":
         search(NEURON, SEARCH_SEEDS)
         final(NEURON, FINAL_SEEDS[:3])
     elif which == "cost":
@@ -460,7 +454,7 @@ def cost(case, rounds=20, updates=25):
     ]
 
 
-STUDIES = ("peaks", "patterns", "controls", "T5", "repeated", "neuron", "rest", "cost")
+STUDIES = ("peaks", "patterns", "controls", "T5", "repeated", "neuron", "cost")
 
 
 def main():

@@ -133,6 +133,7 @@ def sections(logs):
             methods.append(METHODS_HEAD[scale])
             methods.append(methods_table(ptb, logs[f"methods-{scale}-wt2"], scale))
             methods.append(differences_table(ptb))
+            methods.append(validation_differences_table(ptb))
     found = [
         ("Does it help on text? `text.py`", characters_tables(logs["text"])),
         ("Does it help to alternate? `alternate.py`", alternate_tables(logs)),
@@ -494,10 +495,10 @@ def options_of(scale, method):
     return " ".join(map(str, options))
 
 
-def differences(ptb):
+def differences(ptb, column="test_perplexity"):
     """[(what is compared, the paper's difference or None, ours)]; ours: a number for each seed.
 
-    Of test perplexity, the first method of COMPARED minus the second.
+    The first method of COMPARED minus the second. The paper's are of the test perplexity.
     """
     last = last_epochs(ptb)
     found = []
@@ -511,7 +512,7 @@ def differences(ptb):
         for row in having(last.values(), method=method):
             beside = last.get((other, row["seed"]))
             if beside:
-                ours.append(float(row["test_perplexity"]) - float(beside["test_perplexity"]))
+                ours.append(float(row[column]) - float(beside[column]))
         found.append((f"{name} - {other_name}", of_paper, ours))
     return found
 
@@ -523,6 +524,15 @@ def differences_table(ptb):
         paper = "-" if of_paper is None else f"{of_paper:+.2f}"
         lines.append([what, paper, interval(ours, 2) or "-", len(ours)])
     head = ["difference, PTB", "paper, one seed", "here, mean [95% interval]", "seeds"]
+    return markdown_table(head, lines)
+
+
+def validation_differences_table(ptb):
+    """The same differences on validation text, which chose the rates."""
+    lines = []
+    for what, _, ours in differences(ptb, "valid_perplexity"):
+        lines.append([what, interval(ours, 2) or "-", len(ours)])
+    head = ["difference on validation text, PTB", "mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
 
 
