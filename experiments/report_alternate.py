@@ -38,8 +38,8 @@ def arm_of(pattern, T=2, text="once", g="linear"):
 
 
 def scores(rows, arm):
-    """{seed: bits of the test text} of an arm at its chosen peak; empty if it was not trained."""
-    peak = alternate.chosen_peak(rows, arm)
+    """{seed: bits of the test text} of an arm at its best peak; empty if it was not trained."""
+    peak = alternate.best_peak(rows, arm)
     mine = alternate.of_arm(rows, arm)
     return {
         int(row["seed"]): float(row["test_bits"])
@@ -127,14 +127,12 @@ def alternate_patterns(rows):
     of = of_patterns(rows)
     lines = []
     for pattern, its in of.items():
-        arm = arm_of(pattern)
-        peak = alternate.chosen_peak(rows, arm)
         lines.append(
             [
                 pattern,
                 f"{7 * share(pattern):.0f}/7",
                 changes(pattern),
-                peak if alternate.best_peak(rows, arm) else f"{peak}, borrowed",
+                alternate.best_peak(rows, arm_of(pattern)),
                 len(its),
                 spread(list(its.values()), 4),
                 "" if pattern == "RRR" else interval(minus(of, pattern, "RRR")),
@@ -270,14 +268,12 @@ def alternate_arms(rows, arms):
         real = arm_of("R" * n, T, arm.text)
         synthetic = arm_of("S" * n, T, arm.text)
         of = {other: scores(rows, other) for other in (arm, real, synthetic)}
-        own = alternate.best_peak(rows, arm)
-        peak = alternate.chosen_peak(rows, arm)
         lines.append(
             [
                 NAMES[arm.arm],
                 arm.pattern,
                 arm.T,
-                peak if own else f"{peak}, borrowed",
+                alternate.best_peak(rows, arm),
                 len(its),
                 spread(list(its.values()), 4),
                 "" if arm == real else interval(minus(of, arm, real)),
