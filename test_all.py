@@ -4093,8 +4093,9 @@ def test_a_file_system_without_locks(corpus, tmp_path, monkeypatch):
 
 def in_a_shell(line, folder):
     """What a line of sh prints in a folder, on stdout and stderr, and its exit status."""
+    environment = {**ONE_THREAD, "PYTHONUNBUFFERED": ""}  # with a buffer, which may stay unwritten
     ended = subprocess.run(
-        ["sh", "-c", line], cwd=folder, capture_output=True, text=True, env=ONE_THREAD
+        ["sh", "-c", line], cwd=folder, capture_output=True, text=True, env=environment
     )
     said = ended.stdout + ended.stderr
     assert "Traceback" not in said

@@ -1001,8 +1001,21 @@ def surroundings():
 NO_ROOM = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|inline_container"
 
 
+def give_up_stdout():
+    """If stdout takes no more, send the rest nowhere. Else Python complains of it when it ends."""
+    if sys.stdout is None:  # it is closed
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def fail(status, message):
     """Say in one line what went wrong. Returns the exit status."""
+    give_up_stdout()
     end_of_progress = "\n" if start_of_line() else ""
     print(f"{end_of_progress}train.py: {message}", file=sys.stderr)
     return status
