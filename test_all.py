@@ -4313,7 +4313,7 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
     home = HERE / "trainings" / "gpu-tiny-five"
     shutil.rmtree(home, ignore_errors=True)
     for stages in ("environment correctness sharing trainings", "steps trainings"):
-        flags = f"--out {tmp_path} --device cpu --scale tiny --seconds 400 --stages {stages}"
+        flags = f"--out {tmp_path} --device cpu --scale tiny --seconds 3600 --stages {stages}"
         command = [sys.executable, "gpu.py", *flags.split()]
         subprocess.run(command, cwd=study.HERE, check=True, capture_output=True)
         said = (tmp_path / "report.txt").read_text()

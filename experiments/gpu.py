@@ -17,8 +17,9 @@ failed, which files to look at. Then come the files themselves, all but those of
     sharing       sharing.csv        four epochs of train.py, one training alone and three at once
     trainings     trainings.csv      the paper's five methods, with as many epochs as time allows
 
-Nothing is lost when this script is cut off. Each stage is a process with a time limit of its own,
-and writes its files as it goes. A later call resumes the trainings.
+Nothing is lost when this script is cut off. Each stage is a process of its own, and writes its
+files as it goes. At the paper's size it also has a time limit of its own, so that one that hangs
+leaves time to the next. A later call resumes the trainings.
 """
 
 import argparse
@@ -327,7 +328,7 @@ def trainings(args):
 
 class Stage(NamedTuple):
     function: Callable
-    limit: float  # s at most
+    limit: float  # s at most, at the paper's size
     files: str  # where to look if it fails
 
 
@@ -390,7 +391,9 @@ def main():
     for name, stage in STAGES.items():
         if name not in asked:
             continue
-        args.seconds = min(stage.limit, end - time.monotonic() - 15)
+        args.seconds = end - time.monotonic() - 15
+        if args.scale == "paper":
+            args.seconds = min(stage.limit, args.seconds)
         if args.seconds > 40:
             told.append(do_stage(name, args))
         else:
