@@ -125,7 +125,8 @@ def load_corpus(name, data_dir=None, delay=80, min_count=1):
     """Read, download or make a Corpus.
 
     name: one of CORPORA, or a folder with train.txt, valid.txt and test.txt.
-    data_dir: the data folder, for the files of ptb and wt2; by default $QRNN_DATA or ./corpora.
+    data_dir: the data folder, for the files of ptb and wt2; by default $QRNN_DATA, or else the
+        folder `corpora` beside this file.
     delay: of `recall`, in steps.
     min_count: of a folder: words that occur fewer times in its train.txt become <unk>.
     Raises UserError where that is impossible.

@@ -166,10 +166,10 @@ def begin_at_zero(linear):
 
 # --------------------------------------------------------------------------------- the interface
 #
-# g is asked about each border twice. The chunk that ends there asks for a gradient to use, if it is
-# synthetic. Then the chunk that begins there asks for the prediction that g is corrected on.
-# credit() puts both questions, when a chunk has been read. In chunk k, between the borders k and
-# k + 1, in this order:
+# g is asked about a border once or twice. The chunk that ends there asks for a gradient to use, if
+# it is synthetic. Then the chunk that begins there asks for the prediction that g is corrected on.
+# (Between the two questions g has learned, so its answers differ a little.) credit() puts both
+# questions, when a chunk has been read. In chunk k, between the borders k and k + 1, in this order:
 #
 #     credit()    asks g for δ^_k = g(s_k), and keeps its graph for learn(). h_g moves on.
 #                 In a synthetic chunk it also asks for δ^_{k+1} = g(s_{k+1}), a constant, to

@@ -4464,7 +4464,7 @@ def test_sums_over_windows_are_one_text():
     assert found["lost"] == pytest.approx((lost.norm() / truncated.norm()).item(), rel=1e-3)
     assert found["injected"] == pytest.approx((sent.norm() / truncated.norm()).item(), rel=1e-3)
     cosine = F.cosine_similarity(sent, lost, 0).item()
-    assert found["cosine"] == pytest.approx(cosine, rel=1e-3) and found["windows"] == 3
+    assert found["cosine"] == pytest.approx(cosine, rel=1e-3)
     assert found["placebo"] == pytest.approx((placebo.norm() / truncated.norm()).item(), rel=1e-3)
     cosine = F.cosine_similarity(placebo, lost, 0).item()
     assert found["placebo_cosine"] == pytest.approx(cosine, rel=1e-3)

@@ -683,12 +683,17 @@ def check_lengths(corpus, settings):
             )
 
 
+def corpus_of(settings):
+    """The Corpus that these settings name."""
+    delay = settings.chunk + 10  # of the corpus recall: no chunk holds a symbol and its query
+    return load_corpus(settings.data, settings.data_dir or None, delay, settings.min_count)
+
+
 def set_up(settings, folder, checkpoint, claim):
     """A Training, new or as the checkpoint has it. Makes its folder, and prints its facts."""
     keep_freed_memory()
     device, autocast = pick_device(settings.device, settings.precision)
-    delay = settings.chunk + 10  # of the corpus recall: no chunk holds a symbol and its query
-    corpus = load_corpus(settings.data, settings.data_dir or None, delay, settings.min_count)
+    corpus = corpus_of(settings)
     check_lengths(corpus, settings)
     text = streams(corpus.train.to(device), settings.batch_size, settings.chunk)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Does it help to alternate real and synthetic gradients, where a synthetic one does something?
 
     python experiments/alternate.py                     all studies but cost, in this order
-    python experiments/alternate.py --study peaks       the main arms at each peak rate
-    python experiments/alternate.py --study patterns    all eight patterns of R and S, other seeds
-    python experiments/alternate.py --study controls    noise in the place of δ^
+    python experiments/alternate.py --study peaks       which peak rate suits each main arm?
+    python experiments/alternate.py --study patterns    all eight patterns of R and S, and two
+                                                        methods without a g, at their best peaks
+    python experiments/alternate.py --study controls    δ^ that is noise, or that reaches θ alone
     python experiments/alternate.py --study T5          four patterns at T = 5
     python experiments/alternate.py --study repeated    a short text that is read 16 times
     python experiments/alternate.py --study neuron      the paper's neuron-wise g
@@ -17,8 +18,7 @@ border. g learns in both.
 
 What is claimed, written before the trainings. bits(P) is bits per character of pattern P, at its
 own best peak rate. Every difference is taken seed by seed. Its interval is the 95% interval of
-Student's t over the seeds. (Four patterns first had the peak of another one. Their own, found
-in November 2026, is the same.)
+Student's t over the seeds.
 
     1. The paper's claim: alternation ends below both of its counterparts.
            bits(RSR) - min(bits(RRR), bits(SSS)) < 0, the minimum of each seed
@@ -86,7 +86,7 @@ BASE = {2: 800, 4: 400, 5: 800}  # updates of the first run, by T
 PEAKS = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEARCH_SEEDS = (0, 1, 2)
 FINAL_SEEDS = (3, 4, 5, 6, 7)
-REPEATED = 100_000  # characters of the text that repeats
+REPEATED_CHARACTERS = 100_000  # of the text that repeats
 VALID = 200_001  # characters of validation text, as in text.py
 
 
@@ -110,13 +110,13 @@ MAIN = (
 OTHERS = tuple(Arm("linear", pattern) for pattern in ("RRS", "SRR", "RSS", "SSR"))
 CONTROLS = tuple(Arm(arm, "SSS") for arm in ("kept", "sign", "shuffled"))
 NOISY_ALTERNATION = (Arm("sign", "RSR"), Arm("shuffled", "RSR"))
-FIVE = (
+T5_ARMS = (
     Arm("bptt", "RRR", 5),
     Arm("linear", "SSS", 5),
     Arm("linear", "RSR", 5),
     Arm("linear", "SRS", 5),
 )
-AGAIN = (
+REPEATED_ARMS = (
     Arm("bptt", "RRRRR", 2, "repeated"),
     Arm("linear", "SSSSS", 2, "repeated"),
     Arm("linear", "RSRSR", 2, "repeated"),
@@ -276,7 +276,7 @@ def one(case):
     T = case["T"]
     pattern = case["pattern"]
     began = time.monotonic()
-    tokens = corpus().train[:REPEATED] if case["text"] == "repeated" else corpus().train
+    tokens = corpus().train[:REPEATED_CHARACTERS] if case["text"] == "repeated" else corpus().train
     inputs, targets = data.streams(tokens, text.B)
     chunks = len(inputs) // T  # of a pass
     updates = BASE[T] * (2 ** len(pattern) - 1)
@@ -385,11 +385,11 @@ def do(which):
         search(CONTROLS + NOISY_ALTERNATION, SEARCH_SEEDS)
         final(CONTROLS + NOISY_ALTERNATION)
     elif which == "T5":
-        search(FIVE, SEARCH_SEEDS)
-        final(FIVE)
+        search(T5_ARMS, SEARCH_SEEDS)
+        final(T5_ARMS)
     elif which == "repeated":
-        search(AGAIN, SEARCH_SEEDS[:1])
-        final(AGAIN, FINAL_SEEDS[:2])
+        search(REPEATED_ARMS, SEARCH_SEEDS[:1])
+        final(REPEATED_ARMS, FINAL_SEEDS[:2])
     elif which == "neuron":
         search(NEURON, SEARCH_SEEDS)
         final(NEURON, FINAL_SEEDS[:3])

@@ -190,7 +190,8 @@ def one(case, points=CHUNKS, count=WINDOWS):
                     )
                     found = injected.summary(looks)
                 seconds = round(time.monotonic() - began)
-                rows.append({**case, "chunks": n, "g": name, **found, "seconds": seconds})
+                told = {"chunks": n, "g": name, "windows": count}
+                rows.append({**case, **told, **found, "seconds": seconds})
         x = inputs[start:stop]
         y = targets[start:stop]
         if state is None:

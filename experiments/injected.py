@@ -3,8 +3,8 @@
     python experiments/injected.py               models of text.py on characters; resumable
     python experiments/injected.py FOLDER ..     trainings of train.py with a g, as they ended
 
-Four gradients of θ are summed over 200 windows of text, all streams, without dropout (crossing in
-dni.py):
+Four gradients of θ are summed over 200 windows of text, all streams, without dropout. The first
+three are those of `crossing` in dni.py:
 
     truncated    every border cut
     lost         what the chunks of a window would add to it in one graph
@@ -46,6 +46,7 @@ less noise in it. And a large `injected` is no merit, for noise is injected as w
 
 import argparse
 import contextlib
+import functools
 import time
 from pathlib import Path
 
@@ -145,33 +146,36 @@ def summary(windows_found):
         ratios.append([part.norm() / gradients[0].norm() for part in gradients])
         said.append(predicted)
         true.append(truth)
-    even, odd = sums
-    truncated, lost, injected, placebo = (a + b for a, b in zip(even, odd))
+    truncated, lost, injected, placebo = (a + b for a, b in zip(*sums))
+    even, odd = (dict(zip(NAMES, its)) for its in sums)
     _, one_lost, one_injected, _ = torch.tensor(ratios).mean(0).tolist()
     delta_cosine, delta_r2 = compare(said, true)
-    halves = {f"halves_{name}": cosine(a, b) for name, a, b in zip(NAMES, even, odd)}
+    halves = {f"halves_{name}": cosine(even[name], odd[name]) for name in NAMES}
+    across = (
+        cosine(even["injected"], odd["lost"]),
+        cosine(odd["injected"], even["lost"]),
+    )
     columns = {
         "injected": (injected.norm() / truncated.norm()).item(),
         "lost": (lost.norm() / truncated.norm()).item(),
         "placebo": (placebo.norm() / truncated.norm()).item(),
         "cosine": cosine(injected, lost),
         "placebo_cosine": cosine(placebo, lost),
-        "across": (cosine(even[2], odd[1]) + cosine(odd[2], even[1])) / 2,
+        "across": sum(across) / 2,
         **halves,
         "one_injected": one_injected,
         "one_lost": one_lost,
         "delta_cosine": delta_cosine,
         "delta_r2": delta_r2,
     }
-    rounded = {name: float(f"{value:.4g}") for name, value in columns.items()}
-    return {"windows": len(ratios), **rounded}
+    return {name: float(f"{value:.4g}") for name, value in columns.items()}
 
 
 def cosine(a, b):
     return F.cosine_similarity(a.double(), b.double(), 0).item()
 
 
-def characters(case, count=WINDOWS):
+def characters(case):
     """Train a model of text.py with its g, and measure both as they go on. Returns one row."""
     train.keep_freed_memory()
     began = time.monotonic()
@@ -192,7 +196,7 @@ def characters(case, count=WINDOWS):
         state = learn(0, case["trained"], None)
         steps = case["chunks"] * T
         place = case["trained"] * T
-        for _ in range(count):
+        for _ in range(case["windows"]):
             x = inputs[place : place + steps]
             y = targets[place : place + steps]
             nothing = contextlib.nullcontext()
@@ -205,16 +209,13 @@ def characters(case, count=WINDOWS):
     return [{**case, **found, "seconds": round(time.monotonic() - began)}]
 
 
-def training(case, folder, count=WINDOWS):
-    """Measure a training of train.py, as it ended. Returns one row."""
+def training(case, folder, checkpoint):
+    """Measure the training of train.py in this folder, as it ended. Returns one row."""
     train.keep_freed_memory()
     began = time.monotonic()
-    checkpoint = train.load_checkpoint(folder / "checkpoint.pt")
     settings = train.Settings(**checkpoint["settings"])
     _, autocast = train.pick_device("cpu", settings.precision)
-    corpus = data.load_corpus(
-        settings.data, settings.data_dir or None, min_count=settings.min_count
-    )
+    corpus = train.corpus_of(settings)
     if corpus.fingerprint() != checkpoint["fingerprint"]:
         raise data.UserError(f"{folder} was trained on another text than {settings.data}")
     model, _, dni = train.build(settings, len(corpus.vocabulary), "cpu")
@@ -222,7 +223,7 @@ def training(case, folder, count=WINDOWS):
     dni.g.load_state_dict(checkpoint["learners"][1])
     inputs, targets = data.streams(corpus.train, settings.batch_size)
     T = settings.chunk
-    texts = windows(inputs, targets, case["chunks"] * T, count, T // 2)
+    texts = windows(inputs, targets, case["chunks"] * T, case["windows"], T // 2)
     found = summary(look_on(model, dni.g, dni.alpha, texts, T, autocast=autocast))
     return [{**case, **found, "seconds": round(time.monotonic() - began)}]
 
@@ -236,11 +237,20 @@ def main():
     if not a.folders:
         arms = (("linear", 2), ("linear", 5), ("neuron", 2))
         cases = [
-            dict(what="characters", g=g, T=T, seed=seed, trained=UPDATES, between=BETWEEN, chunks=4)
+            dict(
+                what="characters",
+                g=g,
+                T=T,
+                seed=seed,
+                trained=UPDATES,
+                between=BETWEEN,
+                chunks=4,
+                windows=a.windows,
+            )
             for seed in SEEDS
             for g, T in arms
         ]
-        study.do_cases(log, lambda case: characters(case, a.windows), cases)
+        study.do_cases(log, characters, cases)
     for folder in a.folders:
         checkpoint = train.load_checkpoint(folder / "checkpoint.pt")
         settings = train.Settings(**checkpoint["settings"])
@@ -252,8 +262,10 @@ def main():
             trained=len(checkpoint["rows"]),
             between=0,
             chunks=2,  # 200 windows of four do not fit into PTB
+            windows=a.windows,
         )
-        study.do_cases(log, lambda case, folder=folder: training(case, folder, a.windows), [case])
+        measure = functools.partial(training, folder=folder, checkpoint=checkpoint)
+        study.do_cases(log, measure, [case])
 
 
 if __name__ == "__main__":

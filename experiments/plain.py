@@ -234,7 +234,7 @@ def training(theta, phi, inputs, targets, settings, epochs):
                 _, memory = past[0]
                 for s, _ in past:
                     guess, memory = g(phi, s, memory)
-                # The last guess is δ^_k.
+                # The last guess is δ^_k, and memory is now h_g after this border.
 
             #    In a synthetic chunk g also predicts the gradient of s_{k+1}, which stands for the
             #    future after this chunk. The last chunk has no future.

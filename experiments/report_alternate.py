@@ -5,8 +5,8 @@ import statistics
 import numpy as np
 
 import alternate
-from alternate import AGAIN, CONTROLS, FIVE, MAIN, NEURON, NOISY_ALTERNATION, OTHERS, Arm
-from tables import groups, half_width, interval, markdown_table, numbers, spread
+from alternate import CONTROLS, MAIN, NEURON, NOISY_ALTERNATION, OTHERS, REPEATED_ARMS, T5_ARMS, Arm
+from tables import groups, half_width, having, interval, markdown_table, numbers, spread
 
 EIGHT = (
     "RRR",
@@ -239,7 +239,7 @@ def alternate_regression(rows):
 
 def alternate_peaks(rows):
     """Validation bits over peak, on the seeds of the search."""
-    arms = (*MAIN, *OTHERS, *CONTROLS, *NOISY_ALTERNATION, *FIVE, *AGAIN, *NEURON)
+    arms = (*MAIN, *OTHERS, *CONTROLS, *NOISY_ALTERNATION, *T5_ARMS, *REPEATED_ARMS, *NEURON)
     found = {arm: alternate.by_peak(rows, arm) for arm in arms}
     peaks = sorted({peak for its in found.values() for peak in its})
     lines = []
@@ -293,7 +293,7 @@ def alternate_controls(rows):
 
 def alternate_others(rows):
     """T = 5, the text that repeats, and the neuron-wise g; "" before one of them was trained."""
-    arms = [arm for arm in (*FIVE, *AGAIN, *NEURON) if scores(rows, arm)]
+    arms = [arm for arm in (*T5_ARMS, *REPEATED_ARMS, *NEURON) if scores(rows, arm)]
     if not arms:
         return ""
     return (
@@ -303,21 +303,20 @@ def alternate_others(rows):
 
 
 def alternate_cost(rows):
-    """Milliseconds an update; rows: of alternate-cost.csv."""
-    found = groups(rows, "arm", "kind", "T")
-    base = statistics.median(numbers(found.get(("bptt", "R", "2"), []), "ms") or [1.0])
+    """Milliseconds an update; rows: of alternate-cost.csv. Ratios are taken repeat by repeat."""
+    truncated = having(rows, arm="bptt", kind="R", T="2")
+    base = {row["repeat"]: float(row["ms"]) for row in truncated}
     lines = []
-    for (arm, kind, T), its in found.items():
-        ms = numbers(its, "ms")
+    for (arm, kind, T), its in groups(rows, "arm", "kind", "T").items():
         use = {"R": "g learns, unused", "S": "g learns and is used"}[kind]
-        same_text = statistics.median(ms) * 2 / int(T) / base
+        same_text = [float(row["ms"]) * 2 / int(T) / base[row["repeat"]] for row in its]
         lines.append(
             [
                 NAMES[arm],
                 use if arm in ("linear", "neuron") else "",
                 T,
-                spread(ms),
-                f"{same_text:.2f}",
+                spread(numbers(its, "ms")),
+                spread(same_text),
             ]
         )
     return markdown_table(
