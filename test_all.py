@@ -4470,6 +4470,31 @@ def test_sums_over_windows_are_one_text():
     assert found["placebo_cosine"] == pytest.approx(cosine, rel=1e-3)
 
 
+def test_a_study_of_a_training_reads_the_text_of_that_training(tmp_path, monkeypatch, capsys):
+    """injected.py FOLDER: the text depends on the chunk. Another number of windows is another case.
+
+    What is no training ends the script in one line, with the status of a user's mistake.
+    """
+    monkeypatch.setattr(study, "LOGS", tmp_path)
+    big = "--data recall --chunk 190 --batch-size 40 --mode dni --epochs 1".split()
+    succeed(*TINY, *big, "--out", tmp_path / "mine")
+    for count in (2, 3, 3):
+        monkeypatch.setattr(
+            sys, "argv", ["injected.py", str(tmp_path / "mine"), "--windows", str(count)]
+        )
+        study.run(injected.main)
+    rows = study.read_log(tmp_path / "injected.csv")
+    assert [row["windows"] for row in rows] == ["2", "3"]
+    assert all(row["what"] == "mine" and row["T"] == "190" for row in rows)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["injected.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as ended:
+        study.run(injected.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("injected.py: error: ")
+    assert said.count("\n") == 1
+
+
 def test_results_are_what_the_logs_say():
     """results.md and README's tables are what report.py makes of the logs, to the letter.
 

@@ -306,4 +306,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    study.run(main)

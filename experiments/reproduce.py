@@ -157,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    study.run(main)

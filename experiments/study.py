@@ -13,6 +13,7 @@ import datetime
 import json
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ HERE = ROOT / "experiments"
 LOGS = HERE / "logs"
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from data import UserError  # noqa: E402
 from qrnn import QRNN  # noqa: E402
 
 # -------------------------------------------------------------------------------------------- logs
@@ -104,6 +106,19 @@ def do_cases(log, function, cases):
         seconds_a_case = (time.monotonic() - began) / n
         time_left = datetime.timedelta(seconds=int(seconds_a_case * (len(left) - n)))
         print(f"{n} of {len(left)}, {time_left} left:", *rows[-1].values())
+
+
+def run(main):
+    """Run the main of a study. What a user can mend ends it in one line, with exit status 2."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; the same command does what is left", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def best_rate(rows, column, best, times):
