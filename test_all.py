@@ -4175,7 +4175,7 @@ def test_the_house():
     }
     scripts = {
         "plain": set(),
-        "study": {"train", "qrnn"},
+        "study": {"train", "qrnn", "data"},
         "speed": {"study", "train", "qrnn"},
         "text": {"study", "train", "data", "dni"},
         "recall": {"study", "train", "data", "dni"},
@@ -4625,13 +4625,14 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
 def test_the_tables_say_what_a_hand_would():
     """Means and deviations are over seeds, and differences within a seed."""
     rows = [
-        dict(method=method, seed=seed, test_perplexity=tested, seconds="90")
-        for method, seed, tested in (
-            ("bptt", "1", "9"),
-            ("bptt", "2", "11"),
-            ("dni", "1", "1"),
-            ("dni", "2", "0.5"),
+        dict(method=method, seed=seed, valid_perplexity=valid, test_perplexity=tested, seconds=time)
+        for method, seed, tested, validated in (
+            ("bptt", "1", "9", "57"),  # validated with 5 after one epoch, and with 7 after two
+            ("bptt", "2", "11", "86"),
+            ("dni", "1", "1", "43"),
+            ("dni", "2", "0.5", "24"),
         )
+        for valid, time in zip(validated, ("45", "90"))
     ]
     table = report.methods_table(rows, rows[:1])
     assert "|truncated BPTT|62.78|72.6|10.00 ± 1.41|9.00|2|`--mode bptt --data ptb`|" in table
@@ -4639,3 +4640,6 @@ def test_the_tables_say_what_a_hand_would():
     # Differences -8 and -10.5: mean -9.25, deviation 1.7678, t 12.706, half of the interval 15.88.
     table = report.differences_table(rows)
     assert "|neuron-wise DNI - truncated BPTT|-0.36|-9.25 [-25.13, +6.63]|2|" in table
+    # At the best epochs, which were tested: 3 - 5 and 2 - 6. Mean -3, deviation 1.4142, half 12.71.
+    table = report.validation_differences_table(rows)
+    assert "|neuron-wise DNI - truncated BPTT|-3.00 [-15.71, +9.71]|2|" in table
