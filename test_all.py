@@ -4494,6 +4494,14 @@ def test_a_study_of_a_training_reads_the_text_of_that_training(tmp_path, monkeyp
     assert ended.value.code == 2 and said.startswith("injected.py: error: ")
     assert said.count("\n") == 1
 
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        study.run(interrupted)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err.count("\n") == 1
+
 
 def test_results_are_what_the_logs_say():
     """results.md and README's tables are what report.py makes of the logs, to the letter.
