@@ -153,7 +153,7 @@ def sections(logs):
         ("Which rate suits which method? `reproduce.py --search`", search_table(logs["search"])),
         ("The paper's methods. `reproduce.py`", "\n".join(methods)),
     ]
-    found.append(("And with E_base = 1? `reproduce.py --e-base 1`", e_base_table(logs)))
+    found.append(("And with E_base = 1? `reproduce.py --e-base 1`", e_base_tables(logs)))
     for path in [study.LOGS / "speed.txt", *sorted(study.LOGS.glob("gpu/*.txt"))]:
         found.append((f"How fast? {path.relative_to(study.LOGS)}", path.read_text()))
     return [(title, body) for title, body in found if body]
@@ -498,7 +498,8 @@ def differences(ptb, column="test_perplexity"):
     """[(what is compared, the paper's difference or None, ours)]; ours: a number for each seed.
 
     The first method of COMPARED minus the second, both at their best epochs, whose models are the
-    ones that were tested. The paper's are of the test perplexity.
+    ones that were tested. The paper's are of the test perplexity. Two methods that were trained on
+    no seed together are not compared.
     """
     best = best_epochs(ptb)
     found = []
@@ -513,7 +514,8 @@ def differences(ptb, column="test_perplexity"):
             beside = best.get((other, row["seed"]))
             if beside:
                 ours.append(float(row[column]) - float(beside[column]))
-        found.append((f"{name} - {other_name}", of_paper, ours))
+        if ours:
+            found.append((f"{name} - {other_name}", of_paper, ours))
     return found
 
 
@@ -522,7 +524,7 @@ def differences_table(ptb):
     lines = []
     for what, of_paper, ours in differences(ptb):
         paper = "-" if of_paper is None else f"{of_paper:+.2f}"
-        lines.append([what, paper, interval(ours, 2) or "-", len(ours)])
+        lines.append([what, paper, interval(ours, 2), len(ours)])
     head = ["difference, PTB", "paper, one seed", "here, mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
 
@@ -531,15 +533,16 @@ def validation_differences_table(ptb):
     """The same differences on validation text, which chose the rates."""
     lines = []
     for what, _, ours in differences(ptb, "valid_perplexity"):
-        lines.append([what, interval(ours, 2) or "-", len(ours)])
+        lines.append([what, interval(ours, 2), len(ours)])
     head = ["difference on validation text, PTB", "mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
 
 
-def e_base_table(logs):
+def e_base_tables(logs):
     """Methods with a restart, with the usual E_base and with another; "" where there is none.
 
-    The validation perplexity is that of the model that was tested.
+    Then the differences between the methods with the other E_base. The validation perplexity is
+    that of the model that was tested.
     """
     others = logs["methods-small-ptb-e-base"]
     if not others:
@@ -556,10 +559,13 @@ def e_base_table(logs):
             cells.append(spread(numbers(beside, column)))
         lines.append(cells)
     head = ["method", "E_base", "seeds", "validation", "with E_base = 5", "test", "with E_base = 5"]
-    return (
-        "Perplexity on PTB, 15 epochs. Products are in float32, but with E_base = 5 in bf16.\n\n"
-        + markdown_table(head, lines)
-    )
+    tables = [
+        "Perplexity on PTB, 15 epochs. Products are in float32, but with E_base = 5 in bf16.\n",
+        markdown_table(head, lines),
+        differences_table(others),
+        validation_differences_table(others),
+    ]
+    return "\n".join(tables)
 
 
 def last_epochs(rows):
