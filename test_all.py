@@ -34,6 +34,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -4501,6 +4502,31 @@ def test_a_study_of_a_training_reads_the_text_of_that_training(tmp_path, monkeyp
         study.run(interrupted)
     assert ended.value.code == 128 + signal.SIGINT
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@POSIX
+def test_a_study_that_is_terminated_leaves_no_training_behind(tmp_path, capsys):
+    """SIGTERM ends what a study waits for in subprocess.run, which would have run for a minute."""
+    before = signal.getsignal(signal.SIGTERM)
+    child = tmp_path / "child"
+    lives = f"import os, time; open('{child}', 'w').write(str(os.getpid())); time.sleep(60)"
+
+    def terminate_when_it_lives():
+        while not child.exists() or not child.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def waits():
+        threading.Thread(target=terminate_when_it_lives).start()
+        subprocess.run([sys.executable, "-c", lives])
+
+    with pytest.raises(SystemExit) as ended:
+        study.run(waits)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err.endswith("interrupted; the same command does what is left\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_results_are_what_the_logs_say():

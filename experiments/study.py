@@ -109,8 +109,12 @@ def do_cases(log, function, cases):
 
 
 def run(main):
-    """Run the main of a study. What a user can mend ends it in one line, with exit status 2."""
+    """Run the main of a study. What a user can mend ends it in one line, with exit status 2.
+
+    SIGTERM ends it as Ctrl-C does. So a train.py that it waits for in subprocess.run ends, too.
+    """
     script = Path(sys.argv[0]).name
+    before = signal.signal(signal.SIGTERM, train.terminate)
     try:
         main()
     except UserError as error:
@@ -119,6 +123,8 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{script}: interrupted; the same command does what is left", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def best_rate(rows, column, best, times):
