@@ -343,7 +343,7 @@ class Settings:
     chunk: int = setting(70, "at least 1", "T, steps of a chunk; paper: 200 (3)")
     jitter: bool = setting(False, "", "T from N(chunk, 5), one in twenty from N(chunk/2, 5), "
                            "and the rate times T/chunk (AWD 4.1); code: yes")
-    e_base: float = setting(5.0, "above 0", "E_base, epochs of run 0 (searched, 3.2); code: 5")
+    e_base: float = setting(1.0, "above 0", "E_base, epochs of run 0 (searched, 3.2); code: 5")
     mult: float = setting(2.0, "at least 1", "run i lasts mult^i E_base epochs (3.2)")
     eta_min: tuple = setting((0.0,), "0 or more", "rate at a run's end, for all or each (2.1)")
     eta_max: tuple = setting((), "above 0", "rate at a run's start, likewise; none: lr")
@@ -387,6 +387,7 @@ def preset(name, mode, data):
         clip=0.25 if wt2 else 0.2,
         chunk=200,
         jitter=True,
+        e_base=5.0,
         dni_alpha=1.0,
     )
 

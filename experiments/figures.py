@@ -153,10 +153,10 @@ def steps_figure():
     return figure
 
 
-def schedule_figure(epochs=75):
+def schedule_figure():
     """Learning rate and gradient source of train.py's defaults, by epoch."""
     settings = train.Settings()  # --mode alternating
-    moments = [epochs * i / 3000 for i in range(3000)]
+    moments = [settings.epochs * i / 3000 for i in range(3000)]
     rates = []
     times_of = {}  # {run: the moments in it}
     for moment in moments:
@@ -175,11 +175,8 @@ def schedule_figure(epochs=75):
             colour = BLUE
             axis.axvspan(begin, end, color=BLUE, alpha=0.12, linewidth=0)
         label(axis, (begin + end) / 2, 1.13 * settings.lr, f"run {index}\n{source}", colour, 9)
-    last = settings.epochs
-    axis.plot(last, 0, "o", color=RED, clip_on=False, zorder=3)
-    arrows(axis, RED, (last + 1.6, 0.0030, last + 0.3, 0.0005))
-    label(axis, last + 1.0, 0.0043, f"here a training\nof {last} epochs\nends", RED, 9, "left")
-    axis.set(xlim=(0, epochs), xlabel="epoch")
+    restarts = [times[0] for times in times_of.values()]
+    axis.set(xlim=(0, settings.epochs), xlabel="epoch", xticks=[*restarts, settings.epochs])
     axis.set(ylim=(0, 1.28 * settings.lr), ylabel="learning rate")
     axis.set(yticks=[0, settings.lr / 2, settings.lr])
     axis.spines[["top", "right"]].set_visible(False)

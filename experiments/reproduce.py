@@ -4,11 +4,11 @@
     python experiments/reproduce.py --data wt2 --seeds 42    WT2, 2 epochs: 3 hours
     python experiments/reproduce.py --scale paper            the paper's configuration, for a GPU
     python experiments/reproduce.py --search                 which learning rate suits which method?
-    python experiments/reproduce.py --e-base 1               three restarts in 15 epochs, not one
+    python experiments/reproduce.py --e-base 5               one restart in 15 epochs, not three
 
 At scale small, a training on PTB is `python train.py --mode MODE --data ptb --compile` and no more.
-With another number of epochs, the restarts, and the epoch in which a DNI is first used, come at the
-same share of the training. A study can be resumed, and so can each training: it has a folder in
+A shorter training has one restart, after a third of it, and a DNI is first used after the same
+share of it as on PTB. A study can be resumed, and so can each training: it has a folder in
 trainings/. The search compares validation perplexities.
 
 The methods:
@@ -26,6 +26,7 @@ from that of a rate that falls.
 
 import argparse
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -41,7 +42,9 @@ METHODS = {
     "dni-restart": ["--mode", "restart", "--gradient", "synthetic"],
     "alternating": ["--mode", "alternating"],
 }
-# What `--search` tries: (corpus, method, epochs, seeds, learning rates).
+WITH_RESTART = ("restart", "dni-restart", "alternating")
+# What `--search` tries: (corpus, method, epochs, seeds, learning rates). It came before E_base was
+# chosen: its methods with a restart have one, after a third of the training.
 SEARCH = [
     ("ptb", "bptt", 5, (42,), (2e-3, 3e-3, 4e-3, 6e-3)),
     ("ptb", "bptt", 15, (42,), (3e-3, 4e-3, 6e-3)),
@@ -71,6 +74,11 @@ def epochs_of(scale, data):
     return 15
 
 
+def one_restart(epochs):
+    """The E_base with which a training has one restart, after a third of it."""
+    return round(epochs / 3, 4)
+
+
 def arguments(scale, data, method, epochs):
     """The options of train.py, a list of strings and numbers, for a method and a number of epochs.
 
@@ -83,8 +91,8 @@ def arguments(scale, data, method, epochs):
         chosen += ["--epochs", epochs]
     if method == "cosine":
         chosen += ["--e-base", epochs]
-    elif share != 1 and method not in ("bptt", "dni"):
-        chosen += ["--e-base", round(usual.e_base * share, 4)]
+    elif share != 1 and method in WITH_RESTART:
+        chosen += ["--e-base", one_restart(epochs)]
     if share != 1 and method in ("dni", "dni-restart"):
         chosen += ["--dni-warmup", round(usual.dni_warmup * share, 4)]
     return chosen
@@ -93,8 +101,9 @@ def arguments(scale, data, method, epochs):
 def one(scale, case):
     """Run train.py, or resume it where its folder exists. Returns the rows of its log.csv.
 
-    case: {"data", "method", "seed"}; a case of the search has "epochs" and "lr" too, a case of
-        --e-base has "e_base". Each row ends with the test perplexity, the same in all.
+    case: {"data", "method", "seed"}; a case of the search has "epochs" and "lr" too. With a restart
+        a case of the search or of --e-base has "e_base". Each row ends with the test perplexity,
+        the same in all.
 
     Exits with a message where train.py fails.
     """
@@ -118,6 +127,20 @@ def one(scale, case):
     return [{**case, **row, "test_perplexity": tested} for row in log]
 
 
+def search_cases(data, methods):
+    """The cases of --search with this corpus and these methods."""
+    cases = []
+    for its_data, method, epochs, seeds, rates in SEARCH:
+        if its_data != data or method not in methods:
+            continue
+        for seed, rate in itertools.product(seeds, rates):
+            case = dict(data=data, method=method, epochs=epochs, lr=rate, seed=seed)
+            if method in WITH_RESTART:
+                case["e_base"] = one_restart(epochs)
+            cases.append(case)
+    return cases
+
+
 def main():
     parser = argparse.ArgumentParser(description="The paper's methods at equal budget.")
     parser.add_argument("--search", action="store_true", help="the search of rates, at scale small")
@@ -130,13 +153,7 @@ def main():
     parser.add_argument("--e-base", type=float, help="of the three methods with a restart")
     args = parser.parse_args()
     if args.search:
-        cases = [
-            dict(data=data, method=method, epochs=epochs, lr=rate, seed=seed)
-            for data, method, epochs, seeds, rates in SEARCH
-            for seed in seeds
-            for rate in rates
-            if data == args.data and method in args.methods
-        ]
+        cases = search_cases(args.data, args.methods)
         study.do_cases(study.LOGS / "search.csv", functools.partial(one, "small"), cases)
         return
 
@@ -148,9 +165,8 @@ def main():
     ]
     log = study.LOGS / f"methods-{args.scale}-{args.data}.csv"
     if args.e_base:
-        with_restart = ("restart", "dni-restart", "alternating")
         cases = [
-            {**case, "e_base": args.e_base} for case in cases if case["method"] in with_restart
+            {**case, "e_base": args.e_base} for case in cases if case["method"] in WITH_RESTART
         ]
         log = log.with_stem(f"{log.stem}-e-base")
     study.do_cases(log, functools.partial(one, args.scale), cases)
