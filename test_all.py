@@ -22,6 +22,7 @@ import hashlib
 import http.client
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -4288,6 +4289,25 @@ def test_commands_and_links_of_the_readmes(path):
         assert "--resume" in line or parsed(*shlex.split(line)[2:])
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (HERE / path).parent.joinpath(link).exists(), link
+
+
+def test_the_logs_hold_the_cases_of_reproduce():
+    """What reproduce.py would train today is what its logs hold, as far as they go."""
+    searched = study.read_log(study.LOGS / "search.csv")
+    names = ("data", "method", "epochs", "lr", "seed", "e_base")
+    in_log = {tuple(row[name] for name in names) for row in searched}
+    asked = set()
+    for corpus in ("ptb", "pydoc"):
+        for case in reproduce.search_cases(corpus, reproduce.METHODS):
+            asked.add(tuple(str(case.get(name, "")) for name in names))
+    assert asked == in_log
+    # The .json says with which settings WT2 was trained: "epochs 2 e_base 0.6667", ..
+    trained, _ = json.loads((study.LOGS / "methods-small-wt2.json").read_text())
+    for method in reproduce.METHODS:
+        its = reproduce.settings_of(reproduce.arguments("small", "wt2", method, 2))
+        words = trained[method].split()
+        for name, value in zip(words[::2], words[1::2]):
+            assert getattr(its, name) == float(value), (method, name)
 
 
 def test_the_recipe_is_what_the_search_found():
