@@ -4698,3 +4698,17 @@ def test_the_tables_say_what_a_hand_would():
     # At the best epochs, which were tested: 3 - 5 and 2 - 6. Mean -3, deviation 1.4142, half 12.71.
     table = report.validation_differences_table(rows)
     assert "|neuron-wise DNI - truncated BPTT|-3.00 [-15.71, +9.71]|2|" in table
+    # Trainings with g: the last epochs say 0.2 and 0.4, mean 0.3, and 0.6 is the largest of all.
+    # The method without g has blanks.
+    rows = [
+        dict(method=method, seed=seed, dni_injected=injected, dni_lost=lost)
+        for method, seed, injected, lost in (
+            ("bptt", "1", "", ""),
+            ("dni", "1", "0.6", "0.9"),
+            ("dni", "1", "0.2", "0.5"),
+            ("dni", "2", "0.4", "0.7"),
+        )
+    ]
+    table = report.methods_injected_table(rows)
+    assert "|neuron-wise DNI|2|0.3000 ± 0.1414|0.6000|0.600 ± 0.141|" in table
+    assert "truncated BPTT" not in table and report.methods_injected_table(rows[:1]) == ""

@@ -136,6 +136,7 @@ def sections(logs):
             methods.append(methods_table(ptb, logs[f"methods-{scale}-wt2"], scale))
             methods.append(differences_table(ptb))
             methods.append(validation_differences_table(ptb))
+            methods.append(methods_injected_table(ptb))
     found = [
         ("Does it help on text? `text.py`", characters_tables(logs["text"])),
         ("Does it help to alternate? `alternate.py`", alternate_tables(logs)),
@@ -541,6 +542,29 @@ def validation_differences_table(ptb):
         lines.append([what, interval(ours, 2), len(ours)])
     head = ["difference on validation text, PTB", "mean [95% interval]", "seeds"]
     return markdown_table(head, lines)
+
+
+def methods_injected_table(ptb):
+    """How much g injects in each method, by log.csv; "" where no training has these columns."""
+    lines = []
+    with_columns = [row for row in ptb if row.get("dni_injected")]
+    for (method,), its_rows in groups(with_columns, "method").items():
+        last = list(last_epochs(its_rows).values())
+        name, *_ = PAPER[method]
+        injected = spread(numbers(last, "dni_injected"), 4)
+        largest = max(numbers(its_rows, "dni_injected"))
+        lost = spread(numbers(last, "dni_lost"), 3)
+        lines.append([name, len(last), injected, f"{largest:.4f}", lost])
+    if not lines:
+        return ""
+    head = ["method, PTB", "seeds", "injected, last epoch", "largest of any epoch"]
+    head.append("lost, last epoch")
+    return (
+        "How much g injects, or would inject in a real run, and how much is lost at the borders: "
+        "norms of gradients of θ, over that of the truncated gradient. They are `dni_injected` and "
+        "`dni_lost` of log.csv, from four chunks of validation text.\n\n"
+        + markdown_table(head, lines)
+    )
 
 
 def e_base_tables(logs):
