@@ -4509,6 +4509,8 @@ def test_a_study_of_a_training_reads_the_text_of_that_training(tmp_path, monkeyp
     assert [row["windows"] for row in rows] == ["2", "3"]
     assert all(row["what"] == "mine" and row["T"] == "190" for row in rows)
     capsys.readouterr()
+    assert list(injected.counted(range(40), 40)) == list(range(40))
+    assert capsys.readouterr().out == "20 of 40 windows, 0 min left\n"
     monkeypatch.setattr(sys, "argv", ["injected.py", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as ended:
         study.run(injected.main)

@@ -135,6 +135,16 @@ def look_on(model, g, alpha, texts, T, state=None, memory=None, autocast=None):
         yield found
 
 
+def counted(windows_found, count):
+    """Pass on what is found, and say every 20 windows how much time is left: it can be an hour."""
+    began = time.monotonic()
+    for n, found in enumerate(windows_found, 1):
+        yield found
+        if n % 20 == 0 and n < count:
+            minutes_left = (time.monotonic() - began) / n * (count - n) / 60
+            print(f"{n} of {count} windows, {minutes_left:.0f} min left", flush=True)
+
+
 def summary(windows_found):
     """Sum the gradients over what `look` found in all windows. Returns {column: value}."""
     sums = [[0.0] * len(NAMES), [0.0] * len(NAMES)]  # of even and of odd windows
@@ -224,7 +234,8 @@ def training(case, folder, checkpoint):
     inputs, targets = data.streams(corpus.train, settings.batch_size)
     T = settings.chunk
     texts = windows(inputs, targets, case["chunks"] * T, case["windows"], T // 2)
-    found = summary(look_on(model, dni.g, dni.alpha, texts, T, autocast=autocast))
+    windows_found = look_on(model, dni.g, dni.alpha, texts, T, autocast=autocast)
+    found = summary(counted(windows_found, case["windows"]))
     return [{**case, **found, "seconds": round(time.monotonic() - began)}]
 
 
