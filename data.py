@@ -185,9 +185,9 @@ def pydoc():
     paragraphs = {}  # of each topic: [(word, ..), ..]
     size = {}  # of each topic, in words
     for topic, text in sorted(topics.items()):
-        its = [tuple(re.findall(word, part)) for part in re.split(r"\n\s*\n", text.lower())]
-        paragraphs[topic] = its
-        size[topic] = sum(map(len, its))
+        parts = re.split(r"\n\s*\n", text.lower())
+        paragraphs[topic] = [tuple(re.findall(word, part)) for part in parts]
+        size[topic] = sum(map(len, paragraphs[topic]))
 
     total = sum(size.values())
     lack = {"train": 0.8 * total, "valid": 0.1 * total, "test": 0.1 * total}  # words to come

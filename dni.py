@@ -156,7 +156,8 @@ class LayerDNI(nn.Module):
         if sizes != made_for:
             raise ValueError(f"this g was made for states of sizes {made_for}, and s has {sizes}")
         dtype = self.mlps[0][0].weight.dtype
-        return [mlp(c.to(dtype)).to(wide(c.dtype)) for mlp, c in zip(self.mlps, s)], None
+        predicted = [mlp(c.to(dtype)).to(wide(c.dtype)) for mlp, c in zip(self.mlps, s)]
+        return predicted, None
 
 
 def begin_at_zero(linear):
@@ -183,7 +184,8 @@ def begin_at_zero(linear):
 #
 # Its derivative in s_{k+1} is α δ^_{k+1} / (T B), the gradient that the future would send. So one
 # backward pass computes D_k and target_k, both divided by T B. In a real chunk the term is zero. g
-# is asked for δ^_k and learns, and nothing is injected.
+# is asked for δ^_k and learns, and nothing is injected. (Where a state is outside [-1, 1], as the c
+# of an LSTM can be, a penalty is added to α δ^_{k+1}: see `excess`.)
 #
 # Why T B? The loss L_k is a mean, and g is taught the gradient of the summed loss. The gradient of
 # the mean is T B times smaller. If g were taught that one, its own gradients could fall below
@@ -252,14 +254,15 @@ class Interface:
 
         s: the leaves that the chunk began with, new ones for each chunk: a list of (B, H_l), each
             requiring a gradient. Do not change their .grad between backward() and learn(). Where
-            a text begins there is no border: pass None. Then g is not asked about it, and h_g is
-            zero. (You may also pass leaves of zeros. Then g also learns about them.)
+            a text begins pass None, because no chunk ended there: g is not asked about this state,
+            and h_g begins at zero. (You may also pass leaves of zeros. Then g also learns about
+            them.)
         s_next: the states it ended with, still in their graph.
         tokens_per_chunk: T B, which the loss is a mean over.
         synthetic: False in a real chunk: g learns and is not used. Zero is returned then, and
-            target_k is the gradient of this chunk's own loss. (Add the zero to the loss, too, and
-            call backward() without its argument `inputs`: learn() reads from the zero what the loss
-            was multiplied by.)
+            target_k is the gradient of this chunk's own loss. (Add this zero to the loss, too, and
+            call backward() without its argument `inputs`. If you multiply the sum by a factor, the
+            gradient that the zero receives is this factor, and learn() needs it.)
 
         Raises ValueError or RuntimeError for a wrong shape, graph or order of calls.
         """
@@ -269,7 +272,7 @@ class Interface:
             self.memory = None
             self.past = []
         with no_float16(s_next[0].device):
-            predicted = None if s is None else self.predict(s)
+            predicted = None if s is None else self.predict(s)  # δ^_k
             future = self.synthesize(s_next) if synthetic else None  # δ^_{k+1}
         self.asked = Asked(predicted, s, tokens_per_chunk, synthetic)
         if synthetic:
@@ -278,9 +281,9 @@ class Interface:
             term = term + self.penalty / tokens_per_chunk * outside
         else:
             dtype = wide(s_next[0].dtype)
-            term = s_next[0].new_zeros((), dtype=dtype, requires_grad=True)  # for the hook
+            term = s_next[0].new_zeros((), dtype=dtype, requires_grad=True)
         self.loss_scale = None
-        term.register_hook(self.record_loss_scale)
+        term.register_hook(self.record_loss_scale)  # backward() calls it
         return term
 
     def predict(self, s):
@@ -317,9 +320,9 @@ class Interface:
         return predicted, memory
 
     def record_loss_scale(self, gradient):
-        """backward() calls this with the factor that loss + credit was multiplied by.
+        """Keep the gradient of credit()'s term: what loss + credit was multiplied by.
 
-        It is the derivative of what backward() was called on, with respect to credit()'s term.
+        It is the derivative of what backward() was called on, with respect to this term.
         After several backward() it is their sum, and so is s_k.grad.
         """
         self.loss_scale = gradient if self.loss_scale is None else self.loss_scale + gradient
@@ -354,7 +357,7 @@ class Interface:
             # Divided by infinity all targets would be 0. So they are nan, which teaches nothing.
             finite = self.loss_scale.isfinite()
             scale = tokens_per_chunk / self.loss_scale.where(finite, torch.nan)
-        gradients = [torch.zeros_like(c) if c.grad is None else c.grad for c in s]
+        gradients = with_zeros([c.grad for c in s], s)
         target = [scale * d.to(wide(d.dtype)) for d in gradients]  # target_k
         return regress(self.optimizer, predicted, target)
 
@@ -377,19 +380,15 @@ class Interface:
             )
         if not tokens_per_chunk > 0:
             raise ValueError(f"tokens_per_chunk must be above 0, got {tokens_per_chunk}")
-        for states in (s_next, s_next if s is None else s):
-            if (
-                torch.is_tensor(states)
-                or not states
-                or not all(torch.is_tensor(c) and c.dim() == 2 for c in states)
-            ):
-                raise ValueError(
-                    "s, s_next: lists of (B, H): a GRU's list(h_n), an LSTM's [*h_n, *c_n], a "
-                    "QRNN's [c for c, _ in state]"
-                )
+        if not is_state(s_next) or not (s is None or is_state(s)):
+            raise ValueError(
+                "s, s_next: lists of (B, H): a GRU's list(h_n), an LSTM's [*h_n, *c_n], a "
+                "QRNN's [c for c, _ in state]"
+            )
         neurons = sum(c.numel() for c in s_next)
         if s:
-            shapes = [[tuple(c.shape) for c in states] for states in (s, s_next)]
+            shapes = [tuple(c.shape) for c in s]
+            shapes_next = [tuple(c.shape) for c in s_next]
             if not all(c.is_leaf and c.requires_grad for c in s):
                 raise ValueError(
                     "s must be leaves: begin the chunk with c.detach().requires_grad_()"
@@ -399,8 +398,10 @@ class Interface:
                     "s has a gradient already: begin each chunk with new leaves, "
                     "c.detach().requires_grad_()"
                 )
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"s and s_next must have the same shapes, got {shapes}")
+            if shapes != shapes_next:
+                raise ValueError(
+                    f"s and s_next must have the same shapes, got {shapes} and {shapes_next}"
+                )
         if synthetic and not all(c.requires_grad for c in s_next):
             raise ValueError(
                 "s_next has no graph: call credit() before detaching it, not under no_grad. If "
@@ -410,6 +411,18 @@ class Interface:
             raise ValueError(
                 f"h_g has {len(self.memory[0])} neurons, s_next {neurons}: call reset() first"
             )
+
+
+def is_state(states):
+    """Whether this is a list of (B, H) that is not empty."""
+    if torch.is_tensor(states) or not states:
+        return False
+    return all(torch.is_tensor(c) and c.dim() == 2 for c in states)
+
+
+def with_zeros(gradients, s):
+    """The gradients of s, zeros for None: where a chunk did not read a state."""
+    return [torch.zeros_like(c) if d is None else d for d, c in zip(gradients, s)]
 
 
 class Asked(NamedTuple):
@@ -552,7 +565,7 @@ def true_gradients(chunks, tokens_per_chunk):
         delta = torch.autograd.grad(future, s, retain_graph=True, allow_unused=True)
         if all(d is None for d in delta):
             raise ValueError("s must be the leaves that the chunk read, as in Interface")
-        found.insert(0, [torch.zeros_like(c) if d is None else d for d, c in zip(delta, s)])
+        found.insert(0, with_zeros(delta, s))
     return found
 
 
@@ -679,7 +692,7 @@ def train_recall(text, make_g, updates=1000, T=10, H=64):
     torch.manual_seed(0)
     dni = Interface(make_g()) if make_g else None
     torch.manual_seed(0)  # the same model for all
-    embed = nn.Embedding(13, H)
+    embed = nn.Embedding(13, H)  # 4 symbols, 8 fillers, 1 query
     rnn = QRNN(H, H)
     decode = nn.Linear(H, 13)
     nn.init.constant_(rnn.layers[0].bias[H : 2 * H].data, 2.0)  # forget little

@@ -26,8 +26,8 @@ Glossary
                                        layer: c (B, H), and x_prev (window - 1, B, I), the last
                                        window - 1 inputs of the layer
 
-Not here: bidirectional layers, the QRNN's encoder-decoder attention, convolution over more than
-time.
+Not here: bidirectional layers, the QRNN's encoder-decoder attention, convolutions over images or
+other inputs that are no sequences.
 
 Run `python qrnn.py` to see the backward pass of the recurrence beside autograd's.
 """
@@ -128,7 +128,10 @@ def pool_gradients(G, G_next, f, z, c):
     rs = r.unbind()
     for t in range(len(rs) - 2, -1, -1):
         torch.addcmul(Gs[t], fs[t + 1], rs[t + 1], out=rs[t])  # r_t = G_t + f_{t+1} r_{t+1}
-    return r * (c[:-1] - z), r * (1 - f), r[0] * f[0]
+    df = r * (c[:-1] - z)
+    dz = r * (1 - f)
+    dc0 = r[0] * f[0]
+    return df, dz, dc0
 
 
 def pool(f, z, c0):
@@ -272,7 +275,8 @@ class QRNN(nn.Module):
 
         state = [(c.detach(), x_prev.detach()) for c, x_prev in state]
 
-    `module.compile(dynamic=True)` runs the same code in torch.compile's form, usually faster.
+    `module.compile(dynamic=True)` runs the same code in torch.compile's form, which is usually
+    faster than without.
     The recurrence has the type of x. Under autocast give x in float32: in bfloat16 a state that is
     kept for many steps loses digits.
 

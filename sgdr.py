@@ -101,8 +101,8 @@ class SGDR(LRScheduler):
 
     To resume, make SGDR first. Then load the optimiser's state_dict, and SGDR's.
 
-    `run.index` tells which run it is. train.py takes real gradients in even runs and synthetic ones
-    in odd runs.
+    `run.index` tells which run it is. To alternate, train.py takes real gradients in even runs and
+    synthetic ones in odd runs.
     """
 
     def __init__(self, optimizer, base=1, mult=2, eta_min=0.0, eta_max=None, last_epoch=-1):

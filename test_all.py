@@ -1775,7 +1775,7 @@ def test_wrong_calls_of_the_interface_say_what_to_do():
         (r"leaves: .* c.detach\(\).requires_grad_\(\)", dict(start=lambda c: c)),
         ("leaves", dict(start=lambda c: 2 * c.requires_grad_())),
         ("before detaching it, not under no_grad", dict(end=lambda c: (2 * c).detach())),
-        (r"got \[\[.*\(2, 3\)\], \[.*\(2, 2\)\]\]", dict(end=lambda c: c[:, :2])),
+        (r"got \[.*\(2, 3\)\] and \[.*\(2, 2\)\]", dict(end=lambda c: c[:, :2])),
         (r"a QRNN.s \[c for c, _ in state\]", dict(end=lambda c: (2 * c, c))),
         (r"list\(h_n\)", dict(end=lambda c: 2 * c[None])),
     ):
@@ -4280,11 +4280,26 @@ def test_the_programs_of_the_readmes_run(program, capsys, corpus, tmp_path, monk
 
 @pytest.mark.parametrize(
     "path",
-    ["README.md", "experiments/README.md", "experiments/using-g.md", "experiments/logs/README.md"],
+    [
+        "README.md",
+        "experiments/README.md",
+        "experiments/using-g.md",
+        "experiments/departures.md",
+        "experiments/results.md",
+        "experiments/logs/README.md",
+    ],
 )
 def test_commands_and_links_of_the_readmes(path):
-    """Each train.py command is one that train.py understands, and each link leads somewhere."""
+    """Each train.py command is one that train.py understands, and each link leads somewhere.
+
+    No sentence is broken where a line would begin as an item of a list does ("α is" / "1. Then").
+    """
     text = (HERE / path).read_text(encoding="utf-8")
+    item = r"(\d+[.)]|[-+*]) "
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    for block in re.split(r"\n\n+", prose):
+        in_a_list = re.match(rf"{item}| ", block)
+        assert in_a_list or not re.search(rf"^{item}", block, re.M), block
     for line in re.findall(r"python train\.py[^#`\n]*", text):
         assert "--resume" in line or parsed(*shlex.split(line)[2:])
     for link in re.findall(r"\]\(([^)#]+)\)", text):

@@ -474,8 +474,8 @@ def parse(argv):
     given = flags
     if preset_name:  # its settings count as flags given
         given = {**vars(start), **flags}
-    for name in set(old) & set(given) - set(MAY_CHANGE):
-        if old[name] != given[name]:
+    for name in old:
+        if name in given and name not in MAY_CHANGE and old[name] != given[name]:
             raise UserError(
                 f"{resume} holds a training with {flag(name)} {old[name]}, not {given[name]}"
             )
@@ -885,11 +885,12 @@ class Progress:
         if not start_of_line() or time.monotonic() - self.shown < 0.5:
             return
         self.shown = time.monotonic()
-        of_all = stop / self.length / (self.epochs - self.epoch)  # of the epochs that are left
-        left = (self.shown - self.began) * (1 / of_all - 1) / 60
+        done = stop / self.length  # epochs, since this one began
+        seconds_an_epoch = (self.shown - self.began) / done
+        minutes_left = seconds_an_epoch * (self.epochs - self.epoch - done) / 60
         print(
-            f"{start_of_line()}epoch {self.epoch + stop / self.length:.2f} of {self.epochs}, "
-            f"perplexity {perplexity(nll.item()):.3f}, {left:.0f} min left",
+            f"{start_of_line()}epoch {self.epoch + done:.2f} of {self.epochs}, "
+            f"perplexity {perplexity(nll.item()):.3f}, {minutes_left:.0f} min left",
             end="",
             flush=True,
         )

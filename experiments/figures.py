@@ -136,11 +136,11 @@ def steps_figure():
     arrows(axis, BLUE, (3.5, 0.7, 4.53, 0.7), (5.47, 0.7, 6.5, 0.7))
     label(axis, 6.6, 0.7, "memory $h_g$, from border to border", BLUE, side="left")
     arrows(axis, BLUE, (9.9, 2.9, 9.42, 2.9), style=dashed)
-    label(axis, 9.62, 2.7, "2  $\\alpha\\,\\hat\\delta_{k+1}$", BLUE)
+    label(axis, 9.62, 2.7, "3  $\\alpha\\,\\hat\\delta_{k+1}$", BLUE)
 
     synthesise = (
-        "2  synthesise, in a synthetic chunk k − 1:\n"
-        "$\\alpha\\,\\hat\\delta_k$ goes into its backward pass"
+        "2  synthesise, in a synthetic chunk k − 1: g predicts $\\hat\\delta_k$\n"
+        "3  $\\alpha\\,\\hat\\delta_k$ goes into the backward pass of this chunk"
     )
     regress = "4  regress, in chunk k: g is taught the gradient\nthat $s_k$ receives there"
     others = (

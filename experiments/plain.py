@@ -25,6 +25,7 @@ import math
 import random
 import re
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -143,7 +144,9 @@ def adam(weights, gradients, moments, rate, l2):
         m = 0.9 * m + 0.1 * d
         v = 0.999 * v + 0.001 * d**2
         moments[name] = (t, m, v)
-        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        mean = m / (1 - 0.9**t)
+        mean_square = v / (1 - 0.999**t)
+        step = mean / (mean_square.sqrt() + 1e-8)
         new[name] = (w.detach() - rate * step).requires_grad_()
     return new
 
@@ -184,8 +187,8 @@ def chunks(length, settings, epoch):
     while start < length:
         T = settings.chunk
         if settings.jitter:
-            half = draw.random() >= 0.95
-            T = max(5, int(draw.gauss(settings.chunk / 2 if half else settings.chunk, 5)))
+            mean = settings.chunk if draw.random() < 0.95 else settings.chunk / 2
+            T = max(5, int(draw.gauss(mean, 5)))
         yield start, min(start + T, length)
         start += T
 
@@ -193,10 +196,20 @@ def chunks(length, settings, epoch):
 # ------------------------------------------------------------------------------------- the method
 
 
+class Step(NamedTuple):
+    """What is told of a training step: the chunk's mean loss, and how it was learned from."""
+
+    nll: float
+    rate: float
+    run: int
+    synthetic: bool
+    norm: float  # of the gradient, before it is clipped
+
+
 def training(theta, phi, inputs, targets, settings, epochs):
     """All steps of a training. After each epoch yields
 
-        theta, phi, [(nll, rate, run, synthetic, gradient norm) of each chunk], the epoch's mean nll
+        theta, phi, [a Step for each chunk], the epoch's mean nll
 
     theta, phi: {name: weight} of the model and of g; an empty phi: no g.
     inputs, targets: (L, B) of words.
@@ -214,7 +227,7 @@ def training(theta, phi, inputs, targets, settings, epochs):
         memory = torch.zeros(N, 50, dtype=dtype)  # h_g
         x_prev = [[torch.zeros(B, E, dtype=dtype)]] + [[]] * (settings.num_layers - 1)
         past = []
-        seen = []
+        steps = []
         total = 0.0
         for start, stop in chunks(length, settings, epoch):
             T = stop - start
@@ -230,7 +243,8 @@ def training(theta, phi, inputs, targets, settings, epochs):
             #    them with its newest weights. With more than one border, g's error also teaches g
             #    what to store for later.
             if phi and start > 0:
-                past = [*past, (s_k, memory)][-settings.dni_borders :]
+                past.append((s_k, memory))
+                past = past[-settings.dni_borders :]
                 _, memory = past[0]
                 for s, _ in past:
                     guess, memory = g(phi, s, memory)
@@ -265,10 +279,10 @@ def training(theta, phi, inputs, targets, settings, epochs):
                 rate = rate * T / settings.chunk
             theta = adam(theta, gradients, theta_moments, rate, settings.l2)
 
-            seen.append((nll.item(), rate, run, synthetic and stop < length, norm.item()))
+            steps.append(Step(nll.item(), rate, run, synthetic and stop < length, norm.item()))
             total += nll.item() * T
             s_k = s_next
-        yield theta, phi, seen, total / length
+        yield theta, phi, steps, total / length
 
 
 # -------------------------------------------------------------------------------------- a training
@@ -331,12 +345,12 @@ def main():
         f"{len(words):,} words, {len(index):,} different; {len(inputs)} steps of {streams} streams"
     )
     trained = training(theta, phi, inputs, targets, settings, epochs=15)
-    for epoch, (_, _, seen, nll) in enumerate(trained, 1):
-        _, first_rate, run, _, _ = seen[0]
-        used = sum(synthetic for _, _, _, synthetic, _ in seen)
+    for epoch, (_, _, steps, nll) in enumerate(trained, 1):
+        first = steps[0]
+        used = sum(step.synthetic for step in steps)
         print(
-            f"epoch {epoch:2}  run {run}  rate from {first_rate:.4f}  "
-            f"synthetic gradients in {used:2} of {len(seen)} chunks  "
+            f"epoch {epoch:2}  run {first.run}  rate from {first.rate:.4f}  "
+            f"synthetic gradients in {used:2} of {len(steps)} chunks  "
             f"perplexity {math.exp(nll):.1f}",
             flush=True,
         )
