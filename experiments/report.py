@@ -630,7 +630,8 @@ def injected_table(rows):
     for (what, g, T), its_rows in groups(rows, "what", "g", "T").items():
         cells = [what, g, T, len(its_rows)]
         for column in ("injected", "lost", "cosine", "across", "placebo_cosine"):
-            cells.append(spread(numbers(its_rows, column), 3))
+            values = numbers(its_rows, column)
+            cells.append(spread(values, 3) if len(values) > 1 else f"{values[0]:.2g}")
         for column in ("halves_injected", "halves_lost", "delta_r2"):
             cells.append(spread(numbers(its_rows, column), 2))
         lines.append(cells)
@@ -641,7 +642,9 @@ def injected_table(rows):
     return (
         "Gradients of θ, summed over windows of text: the sizes are those of the sums, over the "
         "size of the truncated one. The head of injected.py says what the columns mean, and what "
-        "they cannot tell.\n\n" + markdown_table(head, lines)
+        "they cannot tell. Models of `characters` go on learning meanwhile. The others are trainings "
+        "that have ended: the main job, and two epochs of mode `dni` with preset `paper`.\n\n"
+        + markdown_table(head, lines)
     )
 
 
