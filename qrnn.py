@@ -275,8 +275,8 @@ class QRNN(nn.Module):
 
         state = [(c.detach(), x_prev.detach()) for c, x_prev in state]
 
-    `module.compile(dynamic=True)` runs the same code in torch.compile's form, which is usually
-    faster than without.
+    `module.compile(dynamic=True)` runs the same code in torch.compile's form. How fast that is,
+    experiments/speed.py measures.
     The recurrence has the type of x. Under autocast give x in float32: in bfloat16 a state that is
     kept for many steps loses digits.
 

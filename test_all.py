@@ -4295,11 +4295,10 @@ def test_commands_and_links_of_the_readmes(path):
     No sentence is broken where a line would begin as an item of a list does ("α is" / "1. Then").
     """
     text = (HERE / path).read_text(encoding="utf-8")
-    item = r"(\d+[.)]|[-+*]) "
-    prose = re.sub(r"```.*?```", "", text, flags=re.S)
-    for block in re.split(r"\n\n+", prose):
-        in_a_list = re.match(rf"{item}| ", block)
-        assert in_a_list or not re.search(rf"^{item}", block, re.M), block
+    prose = re.sub(r"```.*?```", "", text, flags=re.S).split("\n")
+    for before, line in itertools.pairwise(prose):
+        if re.match(r" *(\d+[.)]|[-+*]) ", line):
+            assert before == "" or before.endswith((".", ":", ";", "?", ")")), line
     for line in re.findall(r"python train\.py[^#`\n]*", text):
         assert "--resume" in line or parsed(*shlex.split(line)[2:])
     for link in re.findall(r"\]\(([^)#]+)\)", text):
@@ -4571,7 +4570,8 @@ def test_results_are_what_the_logs_say():
     """results.md and README's tables are what report.py makes of the logs, to the letter.
 
     The numbers in the prose of experiments/README.md and using-g.md, and in what README says was
-    found, are in a table of results.md, in the log of the main job or in that of the exercises.
+    found, are in a table of results.md, or in the log of the main job, of the exercises or of the
+    training with preset paper.
     """
     logs = {name: study.read_log(study.LOGS / f"{name}.csv") for name in report.LOGS}
     results = report.results(logs)
@@ -4585,7 +4585,8 @@ def test_results_are_what_the_logs_say():
         texts.append((study.HERE / name).read_text(encoding="utf-8"))
     prose = re.sub(r"```.*?```|<!-- table.*?<!-- end -->", "", "\n".join(texts), flags=re.S)
     tables = [line for line in results.split("\n") if line.startswith("|")]
-    logged = [(study.LOGS / f"{name}.txt").read_text() for name in ("main-job", "exercises")]
+    names = ("main-job", "exercises", "paper-dni")
+    logged = [(study.LOGS / f"{name}.txt").read_text() for name in names]
     cells = re.findall(r"[\d.,]*\d", "\n".join([*tables, *logged]))
     for number in re.findall(r"dni_\w+ ([\d.]+)", logged[0]):  # of the main job, rounded
         cells += [f"{float(number):.3f}", f"{float(number):.4f}"]

@@ -546,13 +546,18 @@ def validation_differences_table(ptb):
 
 def methods_injected_table(ptb):
     """How much g injects in each method, by log.csv; "" where no training has these columns."""
+
+    def measured(rows):
+        return [row for row in rows if row.get("dni_injected")]
+
     lines = []
-    with_columns = [row for row in ptb if row.get("dni_injected")]
-    for (method,), its_rows in groups(with_columns, "method").items():
-        last = list(last_epochs(its_rows).values())
+    for (method,), its_rows in groups(ptb, "method").items():
+        last = measured(last_epochs(its_rows).values())
+        if not last:
+            continue
         name, *_ = PAPER[method]
         injected = spread(numbers(last, "dni_injected"), 4)
-        largest = max(numbers(its_rows, "dni_injected"))
+        largest = max(numbers(measured(its_rows), "dni_injected"))
         lost = spread(numbers(last, "dni_lost"), 3)
         lines.append([name, len(last), injected, f"{largest:.4f}", lost])
     if not lines:
@@ -642,9 +647,8 @@ def injected_table(rows):
     return (
         "Gradients of θ, summed over windows of text: the sizes are those of the sums, over the "
         "size of the truncated one. The head of injected.py says what the columns mean, and what "
-        "they cannot tell. Models of `characters` go on learning meanwhile. The others are trainings "
-        "that have ended: the main job, and two epochs of mode `dni` with preset `paper`.\n\n"
-        + markdown_table(head, lines)
+        "they cannot tell. Models of `characters` go on learning meanwhile. The other models are "
+        "those of trainings that had ended.\n\n" + markdown_table(head, lines)
     )
 
 
