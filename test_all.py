@@ -4301,7 +4301,7 @@ def test_commands_and_links_of_the_readmes(path):
             assert before == "" or before.endswith((".", ":", ";", "?", ")")), line
     for line in re.findall(r"python train\.py[^#`\n]*", text):
         assert "--resume" in line or parsed(*shlex.split(line)[2:])
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("https://") or (HERE / path).parent.joinpath(link).exists(), link
 
 
