@@ -5,10 +5,11 @@
     python experiments/text.py --study alpha     the discount α, T of 2 and 5
     python experiments/text.py --study memory    the paper's g, taught through 4 borders
     python experiments/text.py --study words     words, T of 5, 20 and 70
+    python experiments/text.py --study longer    words, T = 70, read four times, without a g
 
 The model is an embedding of 64, one QRNN layer of 256 and a decoder; B = 32, Adam at 2e-3, clip 1.
-For one T, all arms make the same number of updates. Words are read once, with products in bf16
-where the processor has it. The arms:
+For one T, all arms make the same number of updates. Words are read once (in the last study four
+times), with products in bf16 where the processor has it. The arms:
 
     bptt      truncated backpropagation through time
     full      the loss of a chunk goes back through the 40 steps before its end, or through two
@@ -43,6 +44,7 @@ CLIP = 1.0
 REACH = 40  # steps that `full` goes back
 UPDATES = {2: 10_000, 5: 8_000, 10: 5_000, 20: 2_500}  # on characters: {T: number of updates}
 WORD_LENGTHS = (5, 20, 70)  # T on words
+LONGER = 4  # epochs
 RATES = (1e-4, 1e-3, 1e-5, 1e-2, 1e-6)  # of Adam for g
 WITHOUT_G = ("bptt", "full", "twice")
 WITH_G = ("linear", "mlp", "neuron")
@@ -75,11 +77,12 @@ def build(case, vocabulary_size):
     return model, optimizer, Interface(g, g_optimizer, case["alpha"], borders)
 
 
-def one(case, name="ptb-chars", parts=10):
+def one(case, name="ptb-chars", parts=10, epochs=1):
     """Train one arm. Returns a row for each of `parts` parts of the training.
 
     case: {"arm", "T", "alpha", "rate", "seed"}; alpha and rate are g's.
     name: of the corpus.
+    epochs: of words. Characters have the number of updates that UPDATES says.
     """
     train.keep_freed_memory()
     arm = case["arm"]
@@ -89,7 +92,7 @@ def one(case, name="ptb-chars", parts=10):
     if name == "ptb-chars":
         updates = UPDATES[T]
     else:
-        updates = len(inputs) // T // parts * parts  # one epoch
+        updates = epochs * (len(inputs) // T) // parts * parts
     precision = "auto" if name == "ptb" else "fp32"
     _, autocast = train.pick_device("cpu", precision)
     model, optimizer, dni = build(case, len(corpus.vocabulary))
@@ -188,6 +191,8 @@ def cases(which, best):
             for arm in arms
             if arm in ("linear", "mlp")
         ]
+    if which == "longer":
+        return [case(arm, 70, seed) for seed in (1, 2) for arm in ("twice", "bptt")]
     return [  # words
         case(arm, T, seed)
         for seed in (1, 2, 3)
@@ -201,7 +206,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Which synthetic gradient helps on text, at what rate?"
     )
-    studies = ("rates", "T", "alpha", "memory", "words")
+    studies = ("rates", "T", "alpha", "memory", "words", "longer")
     parser.add_argument("--study", required=True, choices=studies)
     which = parser.parse_args().study
     best = best_rates(study.read_log(study.LOGS / "text.csv"))
@@ -210,6 +215,9 @@ def main():
     if which == "words":
         log = study.LOGS / "text-words.csv"
         function = functools.partial(one, name="ptb", parts=5)
+    elif which == "longer":
+        log = study.LOGS / "text-longer.csv"
+        function = functools.partial(one, name="ptb", parts=LONGER, epochs=LONGER)
     study.do_cases(log, function, cases(which, best))
 
 
