@@ -4636,6 +4636,7 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
     of_text = [case for which in ("rates", "T", "alpha") for case in text_study.cases(which, arms)]
     of_text = [case for case in of_text if case["rate"] in ("", 1e-3) and case["seed"] < 2]
     of_words = [dict(arm="bptt", T=5, alpha="", rate="", seed=1)]
+    of_longer = [{**of_words[0], "arm": arm} for arm in ("twice", "bptt")]
     recalled = [
         dict(counts="answers", arm="linear", rate=1e-3, borders=1, seed=seed)
         for seed in (*recall.SEARCH_SEEDS, 0)
@@ -4647,6 +4648,9 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
     logs |= {
         "text": log_of(text_study.one, of_text),
         "text-words": log_of(functools.partial(text_study.one, name="ptb", parts=1), of_words),
+        "text-longer": log_of(
+            functools.partial(text_study.one, name="ptb", parts=2, epochs=2), of_longer
+        ),
         "recall": log_of(functools.partial(recall.one, updates=3), recalled),
         "recall-cells": log_of(functools.partial(recall.one, updates=3), of_cells),
         "search": log_of(functools.partial(reproduce.one, "small"), of_search),
@@ -4661,6 +4665,8 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
     found = number("text", "bits", **linear, seed="0")
     told = number("text", "bits", **linear, seed="1")
     word = number("text-words", "bits")
+    longer = number("text-longer", "bits", arm="bptt")
+    twice = number("text-longer", "bits", arm="twice")
     right = number("recall", "accuracy")
     size = number("recall-cells", "size")
     searched = min(report.numbers(logs["search"], "valid_perplexity"))
@@ -4671,6 +4677,7 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
         rf"\|2\|layer-wise, one linear map\|{found:.3f}\|",
         rf"\|2\|layer-wise, one linear map\|0.001\|1\|{told:.3f}\|.*\|\|\|",
         rf"\|5\|truncated BPTT\|-\|1\|{word:.3f}\|\|\|\|\|",
+        rf"\|\d+\|{longer:.3f}\|{twice:.3f}\|\{longer - twice:+.4f}\|",
         rf"\|answers\|1\|layer-wise DNI, one linear map\|0.001\|{right:.2f} \[.*\|[01]/1\|",
         rf"\|lstm\|layer-wise DNI, one linear map\|0.01\|.*\|{size:,.2f}\|",
         rf"\|ptb\|2\|neuron-wise DNI\|0.004\|42\|{searched:.2f}\|.*\|",

@@ -23,6 +23,7 @@ from text import REACH, best_rates
 LOGS = (
     "text",
     "text-words",
+    "text-longer",
     "alternate",
     "alternate-cost",
     "injected",
@@ -143,6 +144,7 @@ def sections(logs):
         ("How much is injected, and lost? `injected.py`", injected_table(logs["injected"])),
         ("How much does the authors' g inject? `authors.py`", authors_table(logs["authors"])),
         ("On words. `text.py --study words`", words_table),
+        ("On words, for longer. `text.py --study longer`", longer_table(logs["text-longer"])),
         ("Is credit carried? `recall.py`", recall_table(logs["recall"])),
         ("With a GRU or an LSTM? `recall.py --cells`", cells_table(logs["recall-cells"])),
         (
@@ -331,6 +333,28 @@ def characters_tables(rows):
         + lengths_table(not_searched, at_best(rows))
         + "\nThe discount α: fewer bits than truncated BPTT, same seed; two seeds.\n\n"
         + discounts_table(rows)
+    )
+
+
+def longer_table(rows):
+    """Two chunks beside truncated BPTT on words, epoch by epoch; "" where there are no rows."""
+
+    def bits_of(rows, arm):
+        return {row["seed"]: float(row["bits"]) for row in having(rows, arm=arm)}
+
+    lines = []
+    for (updates,), its_rows in groups(rows, "updates").items():
+        truncated = bits_of(its_rows, "bptt")
+        twice = bits_of(its_rows, "twice")
+        fewer = [truncated[seed] - twice[seed] for seed in twice if seed in truncated]
+        bits = [spread(list(found.values()), 3) for found in (truncated, twice)]
+        lines.append([updates, *bits, ", ".join(f"{bits:+.4f}" for bits in fewer)])
+    if not lines:
+        return ""
+    head = ["updates", "truncated BPTT", "BPTT through two chunks", "fewer bits, each seed"]
+    return (
+        "Bits per word of validation text, T = 70. The text of PTB is read four times, 414 updates "
+        "each time.\n\n" + markdown_table(head, lines)
     )
 
 
