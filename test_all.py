@@ -4665,6 +4665,8 @@ def test_the_report_reads_what_the_studies_write(tiny_studies, tmp_path):
     found = number("text", "bits", **linear, seed="0")
     told = number("text", "bits", **linear, seed="1")
     word = number("text-words", "bits")
+    once, twice_read = report.numbers(report.having(logs["text-longer"], arm="bptt"), "updates")
+    assert once == number("text-words", "updates") and twice_read == 2 * once
     longer = number("text-longer", "bits", arm="bptt")
     twice = number("text-longer", "bits", arm="twice")
     right = number("recall", "accuracy")

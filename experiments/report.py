@@ -347,14 +347,14 @@ def longer_table(rows):
         truncated = bits_of(its_rows, "bptt")
         twice = bits_of(its_rows, "twice")
         fewer = [truncated[seed] - twice[seed] for seed in twice if seed in truncated]
-        bits = [spread(list(found.values()), 3) for found in (truncated, twice)]
-        lines.append([updates, *bits, ", ".join(f"{bits:+.4f}" for bits in fewer)])
+        means = [spread(list(bits.values()), 3) for bits in (truncated, twice)]
+        lines.append([updates, *means, ", ".join(f"{gain:+.4f}" for gain in fewer)])
     if not lines:
         return ""
     head = ["updates", "truncated BPTT", "BPTT through two chunks", "fewer bits, each seed"]
     return (
-        "Bits per word of validation text, T = 70. The text of PTB is read four times, 414 updates "
-        "each time.\n\n" + markdown_table(head, lines)
+        "Bits per word of validation text, T = 70: a row for each time that the text of PTB was "
+        "read.\n\n" + markdown_table(head, lines)
     )
 
 
